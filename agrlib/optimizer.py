@@ -1,0 +1,640 @@
+# Exported from book/optimizer.md: edit the chapter, not this file.
+"""The anatomy of an optimizer: one `step`, into which update rules and gradient transforms plug.
+
+Derived in the chapter "The anatomy of an optimizer"; the interface is that of torch.optim.
+"""
+
+import functools
+import inspect
+import math
+import random
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Group = dict[str, Any]
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return half-precision numbers as float32 and everything else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def dense(grad: Tensor) -> Tensor:
+    """Return the gradient, refusing a sparse one."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            "agrlib does not support sparse gradients: build the embedding with sparse=False"
+        )
+    return grad
+
+
+class Transform:
+    """A gradient transform that declares what it sums, so that it can be compiled.
+
+    With T the total of summand(g) over a row, a tensor or all tensors, and n the number of
+    elements behind that total, the transform is g -> apply(g, finish(T, n, *constants)).
+    All three functions hold plain arithmetic (`+ - * /`, sqrt, abs, maximum, where) and no number
+    literals. A transform that sums nothing is g -> apply(g, *constants).
+
+    Args:
+        apply: ``(grad, total) -> grad``, elementwise; without a sum ``(grad, *constants) -> grad``.
+        over: what one total covers: ``"row"`` (all axes but the first), ``"tensor"``, ``"all"``
+            (every tensor of the optimizer whose chain holds the transform), or None.
+        summand: ``(grad) -> value``, elementwise.
+        finish: ``(total, count, *constants) -> total``; left out, the plain total is used.
+        constants: numbers that the functions take as arguments.
+        smallest: a tensor with fewer elements is returned as it is.
+        name: what checkpoints and `repr` call it; the name of `apply` unless given.
+
+    Raises:
+        ValueError: `over` is none of the above, or is given without `summand`.
+
+    Example:
+        >>> def shrink(grad, factor):
+        ...     return factor * grad
+        >>> halve = Transform(shrink, constants=(0.5,), name="halve")
+        >>> halve(torch.tensor([2.0, -4.0]))
+        tensor([ 1., -2.])
+
+    Source: chapter "The anatomy of an optimizer".
+    """
+
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        *,
+        over: str | None = None,
+        summand: Callable[..., Any] | None = None,
+        finish: Callable[..., Any] | None = None,
+        constants: tuple[float, ...] = (),
+        smallest: int = 1,
+        name: str | None = None,
+    ) -> None:
+        if over not in (None, "row", "tensor", "all"):
+            raise ValueError(f"over must be None, 'row', 'tensor' or 'all', not {over!r}")
+        if (over is None) != (summand is None):
+            raise ValueError("give `over` and `summand` together, or neither")
+        functools.update_wrapper(self, apply)  # help(), doctest and pickle see a function
+        self.__signature__ = inspect.signature(self.__call__)
+        self.__name__ = name or apply.__name__
+        self.apply, self.over, self.summand, self.finish = apply, over, summand, finish
+        self.constants, self.smallest = constants, smallest
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return self.map([grad])[0]
+
+    def map(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Transform several gradients; what is summed over all tensors is summed over these."""
+        values = [widen(dense(grad)) for grad in grads]
+        if self.over is None:
+            return [
+                self.apply(value, *self.constants).to(grad.dtype) if self.covers(grad) else grad
+                for value, grad in zip(values, grads, strict=True)
+            ]
+        covered = [value for value in values if self.covers(value)]
+        totals = iter(self.totals(covered))
+        return [
+            self.apply(value, next(totals)).to(grad.dtype) if self.covers(grad) else grad
+            for value, grad in zip(values, grads, strict=True)
+        ]
+
+    def covers(self, grad: Tensor) -> bool:
+        """Whether a tensor of this shape is transformed at all."""
+        return grad.numel() >= self.smallest and (self.over != "row" or grad.dim() > 1)
+
+    def totals(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return the finished totals that belong to the tensors, in their order."""
+        assert self.summand is not None
+        terms = [self.summand(value) for value in values]
+        counts = [value.numel() for value in values]
+        if self.over == "row":
+            sums = [term.sum(dim=tuple(range(1, term.dim())), keepdim=True) for term in terms]
+            counts = [n // max(len(value), 1) for n, value in zip(counts, values, strict=True)]
+        else:
+            sums = [term.sum() for term in terms]
+        if self.over == "all" and sums:
+            counts = [sum(counts)] * len(counts)
+            parts = [part.to(sums[0].device, torch.float64) for part in sums]
+            whole = torch.stack(parts).sum()
+            sums = [whole.to(part.device, part.dtype) for part in sums]
+        if self.finish is None:
+            return sums
+        return [self.finish(t, n, *self.constants) for t, n in zip(sums, counts, strict=True)]
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Transform) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        return (self.__name__, self.apply, self.over, self.summand, self.finish, self.constants)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.__name__ == self.apply.__name__:  # made by @transform, so pickled as a function is
+            return self.__name__
+        return super().__reduce_ex__(protocol)
+
+
+def transform(**declaration: Any) -> Callable[[Callable[..., Any]], Transform]:
+    """Make a `Transform` of the function below it; takes the keywords of `Transform`."""
+    return functools.partial(Transform, **declaration)
+
+
+class Chain(tuple[Callable[[Tensor], Tensor], ...]):
+    """The transforms of one parameter group, applied left to right; prints as their names."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, transforms: Iterable[Callable[[Tensor], Tensor]]) -> "Chain":
+        """Check the transforms that a user gave."""
+        if callable(transforms) or isinstance(transforms, str):
+            raise TypeError(f"transforms takes a list of functions: write [{transforms}]")
+        chain = cls(transforms)
+        for function in chain:
+            if not callable(function):
+                raise TypeError(f"a transform must be callable, not {type(function).__name__}")
+        return chain
+
+    def __repr__(self) -> str:
+        return ", ".join(getattr(f, "__name__", type(f).__name__) for f in self)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (tuple(self),)
+
+
+def call_function(function: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
+    """Apply one transform to one gradient; a user's function gets a copy that it may overwrite."""
+    if isinstance(function, Transform):
+        return function(grad)
+    result = function(grad.clone())
+    name = getattr(function, "__name__", type(function).__name__)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"transform {name} must return a tensor, not {type(result).__name__}")
+    if result.shape != grad.shape:
+        raise ValueError(
+            f"transform {name} turned a gradient of shape {tuple(grad.shape)} "
+            f"into one of shape {tuple(result.shape)}: keep the shape"
+        )
+    return result.to(grad.dtype)
+
+
+def run_chains(chains: Sequence[Chain], grads: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Send the gradients of each group through that group's chain.
+
+    A transform that sums over all tensors waits until every chain that holds it has come to it.
+    """
+    values = [list(group) for group in grads]
+    rest = [list(chain) for chain in chains]
+    while any(rest):
+        for group, chain in zip(values, rest, strict=True):
+            while chain and getattr(chain[0], "over", None) != "all":
+                function = chain.pop(0)
+                group[:] = [call_function(function, grad) for grad in group]
+        heads = [f for chain in rest for f in chain[:1] if isinstance(f, Transform)]
+        ready = [f for f in heads if all(f not in chain[1:] for chain in rest if chain[:1] != [f])]
+        if heads and not ready:
+            raise ValueError("transforms over all tensors stand in a different order in two groups")
+        if ready:
+            members = [i for i, chain in enumerate(rest) if chain[:1] == [ready[0]]]
+            flat = iter(ready[0].map([grad for i in members for grad in values[i]]))
+            for i in members:
+                rest[i].pop(0)
+                values[i] = [next(flat) for _ in values[i]]
+    return values
+
+
+def require(valid: bool, what: str, value: Any) -> None:
+    """Raise torch.optim's ValueError for a hyperparameter that is out of range."""
+    if not valid:
+        raise ValueError(f"Invalid {what}: {value}")
+
+
+def check_options(group: Group) -> None:
+    """Refuse what no method can work with; NaN fails every comparison below."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    require(bool(0.0 <= lr < math.inf), "learning rate", lr)
+    require(0.0 <= group["weight_decay"] < math.inf, "weight_decay value", group["weight_decay"])
+    if "eps" in group:
+        require(0.0 <= group["eps"] < math.inf, "epsilon value", group["eps"])
+    for i, beta in enumerate(group.get("betas", ())):
+        require(0.0 <= beta < 1.0, f"beta parameter at index {i}", beta)
+    if group["foreach"]:
+        raise RuntimeError("foreach=True is not supported: leave it out (fused is the fast path)")
+    if group["fused"]:
+        raise RuntimeError(
+            "fused=True: this version of agrlib has no fast path; use fused=None or fused=False"
+        )
+    dtype = group["state_dtype"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"Invalid state_dtype: {dtype}; use None or a floating-point torch.dtype")
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """View a complex tensor as pairs of reals, so that a rule sees real numbers only."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """Undo `as_real` and `widen`: give the value the type of the target."""
+    if target.is_complex():
+        value = torch.view_as_complex(value.contiguous())
+    return value.to(target.dtype)
+
+
+def round_stochastically(value: Tensor, seed: int) -> Tensor:
+    """Round float32 to bfloat16, up or down with the probabilities that keep the mean."""
+    generator = torch.Generator(value.device).manual_seed(seed)
+    noise = torch.randint(
+        2**16, value.shape, generator=generator, device=value.device, dtype=torch.int32
+    )
+    rounded = ((value.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+    return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
+
+
+def decay_gradient(grad, param, weight_decay):
+    return grad + weight_decay * param  # (opt-coupled): "coupled" decay, L2 regularization
+
+
+def decay_parameter(param, rate):
+    return param - rate * param  # (opt-decoupled): "decoupled" decay
+
+
+class RecordedOptimizer(Optimizer):
+    """A torch optimizer whose checkpoints record the gradient transforms of each group."""
+
+    HOW_TO_RUN = ("foreach", "fused", "capturable", "differentiable")  # never from a checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch does, with each group's transforms as one string."""
+        groups = self.param_groups
+        try:
+            self.param_groups = [{**g, "transforms": str(g["transforms"])} for g in groups]
+            return super().state_dict()
+        finally:
+            self.param_groups = groups
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class, or of its namesake in torch.optim.
+
+        Args:
+            state_dict: what `state_dict()` returned; the optimizer copies its tensors.
+
+        Raises:
+            ValueError: groups, shapes or transforms differ from this optimizer's. Nothing has been
+                loaded then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
+            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
+                refuse_mismatch(group, saved, final["state"])
+            loaded.update(final)
+
+        handle = self.register_load_state_dict_pre_hook(check)  # sees what the user's hooks made
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
+            for param, index in zip(group["params"], saved["params"], strict=True):
+                for key, value in loaded["state"].get(index, {}).items():
+                    if isinstance(value, Tensor) and key != "step":  # torch cast it to param.dtype
+                        dtype = state_dtype(group, param)
+                        self.state[param][key] = value.to(param.device, dtype, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = self.__dict__.get("param_groups", state["param_groups"])
+        super().__setstate__(state)
+        for group, old in zip(self.param_groups, own, strict=True):
+            for key, value in old.items():
+                if key in ("transforms", *self.HOW_TO_RUN):
+                    group[key] = value
+                group.setdefault(key, value)  # a checkpoint of torch.optim lacks some keys
+            for param in group["params"]:
+                if "step" in self.state.get(param, {}):
+                    step = torch.as_tensor(self.state[param]["step"], dtype=torch.float32)
+                    home = param.device if group["capturable"] else "cpu"
+                    self.state[param]["step"] = step.to(home, copy=True)
+
+
+def state_dtype(group: Group, param: Tensor) -> torch.dtype:
+    """The type in which a parameter's state is kept."""
+    dtype = group["state_dtype"] or param.dtype
+    return dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
+
+
+def refuse_mismatch(group: Group, saved: Group, state: dict[int, Any]) -> None:
+    """Raise where a saved group was made with other transforms or for other tensors."""
+    chain, record = str(group["transforms"]), saved.get("transforms", "")
+    if chain != record:
+        raise ValueError(
+            f"the checkpoint was made with transforms [{record}], this optimizer has [{chain}]. "
+            f"To load it on purpose, first set group['transforms'] = {chain!r} in each group of "
+            "state_dict['param_groups']"
+        )
+    for param, index in zip(group["params"], saved["params"], strict=False):
+        for key, value in state.get(index, {}).items():
+            if isinstance(value, Tensor) and key != "step" and value.shape != param.shape:
+                raise ValueError(
+                    f"the checkpoint's {key} has shape {tuple(value.shape)}, its parameter "
+                    f"{tuple(param.shape)}: load it into the model it was saved with"
+                )
+
+
+class GradientMethod(RecordedOptimizer):
+    """An optimizer made of gradient transforms and one update rule; `step` is written here only.
+
+    A subclass says which rule updates a group, with which state, and what the rule's scalars are:
+    `update_rule` and `scalars`. A rule is a pure function in plain arithmetic without number
+    literals, ``(grad, param, *state, *scalars) -> (param, *state)``.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as torch.optim takes them. A group
+            may hold its own value of every option, `transforms` included.
+        defaults: the method's own options; "lr" and "weight_decay" must be among them.
+        transforms: gradient transforms, applied left to right before the rule.
+        maximize: ascend instead of descend.
+        foreach: accepted for compatibility with torch.optim; None or False.
+        fused: None or False run the rule on tensors; True asks for the fast path.
+        capturable: keep `step` on the parameter's device, so that a step never waits for it.
+        differentiable: let autograd record the step.
+        state_dtype: floating-point type of the state; None takes the parameter's.
+        stochastic_rounding: round bfloat16 parameters stochastically, reproducibly from torch's
+            seed at construction, the parameter's step and its index.
+
+    Raises:
+        ValueError: a hyperparameter is negative, NaN, infinite or out of range.
+        TypeError: a transform is not callable, or `transforms` is not a list.
+        RuntimeError: `foreach=True` or `fused=True` is asked for.
+
+    Example:
+        >>> class SignDescent(GradientMethod):
+        ...     counts_steps = False
+        ...
+        ...     def update_rule(self, group):
+        ...         return (lambda grad, param, lr: (param - lr * torch.sign(grad),)), ()
+        ...
+        ...     def scalars(self, group, lr, step):
+        ...         return (lr,)
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> weight.grad = torch.tensor([0.3, -0.1])
+        >>> SignDescent([weight], dict(lr=0.5, weight_decay=0.0)).step()
+        >>> weight.data
+        tensor([ 0.5000, -1.5000])
+
+    Source: chapter "The anatomy of an optimizer".
+    """
+
+    counts_steps = True  # whether the state holds torch's "step"
+    weight_decay_acts_on = "gradient"  # or "parameter" (decoupled), or "rule" (it decays itself)
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: Group,
+        *,
+        transforms: Iterable[Callable[[Tensor], Tensor]] = (),
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        shared = dict(
+            transforms=Chain.of(transforms),
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+            capturable=capturable,
+            differentiable=differentiable,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+        )
+        super().__init__(params, {**defaults, **shared})
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; its options are checked as the constructor's are."""
+        if isinstance(param_group, dict):
+            param_group = {**self.defaults, **param_group}
+            param_group["transforms"] = Chain.of(param_group["transforms"])
+            self.check(param_group)
+            if param_group["stochastic_rounding"]:
+                param_group.setdefault("rounding_seed", torch.initial_seed())
+        super().add_param_group(param_group)
+
+    def check(self, group: Group) -> None:
+        """Raise ValueError or RuntimeError for options that this method cannot work with."""
+        check_options(group)
+
+    def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
+        """Return the rule and the names of the state tensors that it reads and writes."""
+        raise NotImplementedError
+
+    def scalars(self, group: Group, lr: Any, step: Any) -> tuple[Any, ...]:
+        """Return the rule's scalars for the given step, counted from 1, in double precision."""
+        raise NotImplementedError
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, calls backward and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            TypeError, ValueError: a transform returned no tensor, or one of another shape.
+
+        Everything is checked before the first write: after an error all is as it was.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            ready = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
+            for group, params in zip(self.param_groups, ready, strict=True):
+                self._check_step(group, params)
+            chains = [group["transforms"] for group in self.param_groups]
+            grads = run_chains(chains, [[widen(p.grad) for p in params] for params in ready])
+            for group, params, shaped in zip(self.param_groups, ready, grads, strict=True):
+                for param, grad in zip(params, shaped, strict=True):
+                    self._update(group, param, grad)
+        return loss
+
+    def _check_step(self, group: Group, params: list[Tensor]) -> None:
+        """Refuse, before anything is written, what this step could not do."""
+        group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
+        if group["fused"] or group["foreach"]:
+            check_options(group)
+        for param in params:
+            dense(param.grad)  # type: ignore[arg-type]
+            if self.defaults["differentiable"] and param.is_leaf and param.requires_grad:
+                raise RuntimeError(
+                    "differentiable=True cannot overwrite a leaf that requires grad: "
+                    "optimize a clone of it, so that autograd can record the step"
+                )
+
+    def _update(self, group: Group, param: Tensor, grad: Tensor) -> None:
+        """Run the rule on one parameter and store what it returns."""
+        rule, keys = self.update_rule(group)
+        state = self.state.get(param, {})
+        dtype = state_dtype(group, param)
+        old = [
+            torch.zeros_like(param, dtype=dtype) if state.get(key) is None else state[key]
+            for key in keys
+        ]
+        count, step = self._next_step(group, param, state, keys)
+        lr = group["lr"].double().reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+
+        value = as_real(widen(param))
+        if self.defaults["differentiable"]:
+            value = value.clone()  # autograd may need it after the parameter is overwritten
+        grad = as_real(-grad if group["maximize"] else grad)
+        if self.weight_decay_acts_on == "gradient" and group["weight_decay"] != 0:
+            grad = decay_gradient(grad, value, group["weight_decay"])
+        if self.weight_decay_acts_on == "parameter" and group["weight_decay"] != 0:
+            value = decay_parameter(value, lr * group["weight_decay"])
+        inputs = [as_real(tensor).to(value.dtype) for tensor in old]
+        value, *outputs = rule(grad, value, *inputs, *self.scalars(group, lr, step))
+
+        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+            value = round_stochastically(value, self._rounding_seed(group, param, step))
+        for key, tensor, output in zip(keys, old, outputs, strict=True):
+            new = like(output, tensor)
+            state[key] = new if self.defaults["differentiable"] else tensor.copy_(new)
+        if count is not None:
+            state["step"] = state["step"].copy_(count) if "step" in state else count
+        if state:
+            self.state[param] = state
+        param.copy_(like(value, param))
+
+    def _next_step(
+        self, group: Group, param: Tensor, state: Group, keys: tuple[str, ...]
+    ) -> tuple[Tensor | None, Any]:
+        """Return the "step" to be stored and the step's number as a scalar for the rule."""
+        if not (self.counts_steps or group["stochastic_rounding"]):
+            return None, 2 if all(state.get(key) is not None for key in keys) else 1
+        home = param.device if group["capturable"] else torch.device("cpu")
+        count = state.get("step", torch.zeros((), device=home)) + 1
+        return count, count.double() if group["capturable"] else count.item()
+
+    def _rounding_seed(self, group: Group, param: Tensor, step: Any) -> int:
+        """A seed of this parameter at this step, the same after a checkpoint is loaded."""
+        everything = (p for g in self.param_groups for p in g["params"])
+        index = next(i for i, p in enumerate(everything) if p is param)
+        return random.Random(f"{group['rounding_seed']} {int(step)} {index}").getrandbits(63)
+
+
+class Attachment:
+    """The handle that `attach` returns: `remove()` ends the attachment."""
+
+    def __init__(self, optimizer: Optimizer, transforms: Iterable[Callable[[Tensor], Tensor]]):
+        present = getattr(optimizer.step, "attachment", None)
+        if present is not None and present.active:
+            raise RuntimeError("this optimizer has transforms attached: remove() them first")
+        self.chain, self.optimizer, self.active = Chain.of(transforms), optimizer, True
+        self._raw: list[tuple[Tensor, Tensor]] = []
+        inner = optimizer.step
+
+        @functools.wraps(inner)  # keeps the marks that learning-rate schedulers look for
+        def step(optimizer: Optimizer, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                return inner(*(() if closure is None else (closure,)), *args, **kwargs)
+            return self._step(inner, closure, *args, **kwargs)
+
+        step.attachment = self  # type: ignore[attr-defined]
+        self._before = optimizer.__dict__.get("step")
+        self._step_method = types.MethodType(step, optimizer)  # schedulers wrap bound methods only
+        optimizer.step = self._step_method  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the optimizer its own step back; a second call does nothing."""
+        if self.active and self.optimizer.__dict__.get("step") is self._step_method:
+            del self.optimizer.step
+            if self._before is not None:
+                self.optimizer.step = self._before  # type: ignore[method-assign]
+        self.active = False
+
+    def _step(self, inner: Any, closure: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "the fused step would unscale the gradients after the transforms: "
+                "call scaler.unscale_(optimizer) before scaler.step(optimizer)"
+            )
+        try:
+            if closure is None:
+                self._swap_in()
+                return inner(*args, **kwargs)
+
+            def shaped_closure() -> Any:
+                self._restore()  # the closure accumulates into the raw gradients
+                loss = closure()
+                self._swap_in()
+                return loss
+
+            return inner(shaped_closure, *args, **kwargs)
+        finally:
+            self._restore()
+
+    def _swap_in(self) -> None:
+        """Put the transformed gradients in place of the raw ones."""
+        params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        raw = [dense(p.grad) for p in params]
+        with torch.set_grad_enabled(bool(self.optimizer.defaults.get("differentiable"))):
+            [shaped] = run_chains([self.chain], [[widen(grad) for grad in raw]])
+        self._raw = list(zip(params, raw, strict=True))
+        for param, grad, old in zip(params, shaped, raw, strict=True):
+            param.grad = grad.to(old.dtype)
+
+    def _restore(self) -> None:
+        for param, grad in self._raw:
+            param.grad = grad
+        self._raw = []
+
+
+def attach(optimizer: Optimizer, transforms: Iterable[Callable[[Tensor], Tensor]]) -> Attachment:
+    """Let any torch optimizer see transformed gradients.
+
+    Around every `step`, each `p.grad` is replaced by chain(p.grad) and put back afterwards, also
+    when the step raises and when the step takes a closure. A copy or a pickle of the optimizer does
+    not carry the attachment, nor does its checkpoint.
+
+    Args:
+        optimizer: a torch.optim.Optimizer, whether or not a scheduler was made for it already.
+        transforms: gradient transforms, applied left to right.
+
+    Returns:
+        A handle; `handle.remove()` ends it.
+
+    Raises:
+        TypeError: a transform is not callable, or `transforms` is not a list.
+        RuntimeError: the optimizer has an attachment; in `step`, a gradient is sparse, or a
+            gradient scaler left the unscaling to a fused step.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> handle = attach(optimizer, [torch.sign])
+        >>> weight.grad = torch.tensor([0.3, -0.1])
+        >>> optimizer.step()
+        >>> weight.data, weight.grad
+        (tensor([0., 2.]), tensor([ 0.3000, -0.1000]))
+        >>> handle.remove()
+
+    Source: chapter "The anatomy of an optimizer".
+    """
+    return Attachment(optimizer, transforms)

@@ -1,0 +1,1 @@
+"""The book's tools: export, notebooks, checks of the built pages."""
