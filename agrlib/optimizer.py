@@ -36,10 +36,13 @@ def dense(grad: Tensor) -> Tensor:
 class Transform:
     """A gradient transform that declares what it sums, so that it can be compiled.
 
-    With T the total of summand(g) over a row, a tensor or all tensors, and n the number of
-    elements behind that total, the transform is g -> apply(g, finish(T, n, *constants)).
-    All three functions hold plain arithmetic (`+ - * /`, sqrt, abs, maximum, where) and no number
-    literals. A transform that sums nothing is g -> apply(g, *constants).
+    With the total of ``summand(grad)`` over a row, a tensor or all tensors, and the count of
+    elements behind that total, the transform is::
+
+        grad -> apply(grad, finish(total, count, *constants))
+
+    and without a sum ``grad -> apply(grad, *constants)``. The three functions hold plain arithmetic
+    (sums, products, quotients, sqrt, abs, maximum, where) and no number literals.
 
     Args:
         apply: ``(grad, total) -> grad``, elementwise; without a sum ``(grad, *constants) -> grad``.
@@ -136,7 +139,8 @@ class Transform:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Any, ...]:
-        return (self.__name__, self.apply, self.over, self.summand, self.finish, self.constants)
+        declared = (self.apply, self.over, self.summand, self.finish)
+        return (self.__name__, *declared, self.constants, self.smallest)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.__name__ == self.apply.__name__:  # made by @transform, so pickled as a function is
@@ -242,15 +246,21 @@ def check_options(group: Group) -> None:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """View a complex tensor as pairs of reals, so that a rule sees real numbers only."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    """View complex numbers as pairs of reals and a single number as a vector.
+
+    A rule sees real vectors only: between a single number and a double-precision scalar, torch
+    would compute in double precision.
+    """
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.reshape(1) if tensor.dim() == 0 else tensor
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """Undo `as_real` and `widen`: give the value the type of the target."""
+    """Undo `as_real` and `widen`: give the value the shape and the type of the target."""
     if target.is_complex():
         value = torch.view_as_complex(value.contiguous())
-    return value.to(target.dtype)
+    return value.reshape(target.shape).to(target.dtype)
 
 
 def round_stochastically(value: Tensor, seed: int) -> Tensor:
@@ -271,68 +281,16 @@ def decay_parameter(param, rate):
     return param - rate * param  # (opt-decoupled): "decoupled" decay
 
 
-class RecordedOptimizer(Optimizer):
-    """A torch optimizer whose checkpoints record the gradient transforms of each group."""
-
-    HOW_TO_RUN = ("foreach", "fused", "capturable", "differentiable")  # never from a checkpoint
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch does, with each group's transforms as one string."""
-        groups = self.param_groups
-        try:
-            self.param_groups = [{**g, "transforms": str(g["transforms"])} for g in groups]
-            return super().state_dict()
-        finally:
-            self.param_groups = groups
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class, or of its namesake in torch.optim.
-
-        Args:
-            state_dict: what `state_dict()` returned; the optimizer copies its tensors.
-
-        Raises:
-            ValueError: groups, shapes or transforms differ from this optimizer's. Nothing has been
-                loaded then.
-        """
-        loaded: dict[str, Any] = {}
-
-        def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
-            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
-                refuse_mismatch(group, saved, final["state"])
-            loaded.update(final)
-
-        handle = self.register_load_state_dict_pre_hook(check)  # sees what the user's hooks made
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
-            for param, index in zip(group["params"], saved["params"], strict=True):
-                for key, value in loaded["state"].get(index, {}).items():
-                    if isinstance(value, Tensor) and key != "step":  # torch cast it to param.dtype
-                        dtype = state_dtype(group, param)
-                        self.state[param][key] = value.to(param.device, dtype, copy=True)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        own = self.__dict__.get("param_groups", state["param_groups"])
-        super().__setstate__(state)
-        for group, old in zip(self.param_groups, own, strict=True):
-            for key, value in old.items():
-                if key in ("transforms", *self.HOW_TO_RUN):
-                    group[key] = value
-                group.setdefault(key, value)  # a checkpoint of torch.optim lacks some keys
-            for param in group["params"]:
-                if "step" in self.state.get(param, {}):
-                    step = torch.as_tensor(self.state[param]["step"], dtype=torch.float32)
-                    home = param.device if group["capturable"] else "cpu"
-                    self.state[param]["step"] = step.to(home, copy=True)
-
-
 def state_dtype(group: Group, param: Tensor) -> torch.dtype:
     """The type in which a parameter's state is kept."""
     dtype = group["state_dtype"] or param.dtype
     return dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
+
+
+def name_transforms(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Write the names of the transforms where torch has packed the functions."""
+    for group in state_dict["param_groups"]:
+        group["transforms"] = str(group["transforms"])
 
 
 def refuse_mismatch(group: Group, saved: Group, state: dict[int, Any]) -> None:
@@ -351,6 +309,69 @@ def refuse_mismatch(group: Group, saved: Group, state: dict[int, Any]) -> None:
                     f"the checkpoint's {key} has shape {tuple(value.shape)}, its parameter "
                     f"{tuple(param.shape)}: load it into the model it was saved with"
                 )
+
+
+class RecordedOptimizer(Optimizer):
+    """A torch optimizer whose checkpoints record the gradient transforms of each group."""
+
+    HOW_TO_RUN = ("foreach", "fused", "capturable", "differentiable")  # never from a checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch does, with each group's transforms as one string."""
+        handle = self.register_state_dict_post_hook(name_transforms, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class, or of its namesake in torch.optim.
+
+        Args:
+            state_dict: what `state_dict()` returned; the optimizer copies its tensors.
+
+        Raises:
+            ValueError: groups, shapes or transforms differ from this optimizer's. Nothing has been
+                loaded then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
+            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
+                refuse_mismatch(group, saved, final["state"])
+            loaded.update(final)
+
+        def copy_state(optimizer: Optimizer) -> None:
+            for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
+                for param, index in zip(group["params"], saved["params"], strict=True):
+                    for key, value in loaded["state"].get(index, {}).items():
+                        if isinstance(value, Tensor) and key != "step":  # torch rounded it
+                            dtype = state_dtype(group, param)
+                            self.state[param][key] = value.to(param.device, dtype, copy=True)
+
+        handles = [  # after the user's hooks that change the checkpoint, before those that follow
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(copy_state, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = self.__dict__.get("param_groups", state["param_groups"])
+        super().__setstate__(state)
+        for group, old in zip(self.param_groups, own, strict=True):
+            for key, value in old.items():
+                if key in ("transforms", *self.HOW_TO_RUN):
+                    group[key] = value
+                group.setdefault(key, value)  # a checkpoint of torch.optim lacks some keys
+            for param in group["params"]:
+                if "step" in self.state.get(param, {}):
+                    step = torch.as_tensor(self.state[param]["step"], dtype=torch.float32)
+                    home = param.device if group["capturable"] else "cpu"
+                    self.state[param]["step"] = step.to(home, copy=True)
 
 
 class GradientMethod(RecordedOptimizer):
@@ -398,6 +419,7 @@ class GradientMethod(RecordedOptimizer):
     """
 
     counts_steps = True  # whether the state holds torch's "step"
+    number_of_betas = 2
     weight_decay_acts_on = "gradient"  # or "parameter" (decoupled), or "rule" (it decays itself)
 
     def __init__(
@@ -439,6 +461,8 @@ class GradientMethod(RecordedOptimizer):
     def check(self, group: Group) -> None:
         """Raise ValueError or RuntimeError for options that this method cannot work with."""
         check_options(group)
+        if "betas" in group:
+            require(len(group["betas"]) == self.number_of_betas, "betas", group["betas"])
 
     def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
         """Return the rule and the names of the state tensors that it reads and writes."""
@@ -512,7 +536,7 @@ class GradientMethod(RecordedOptimizer):
         value, *outputs = rule(grad, value, *inputs, *self.scalars(group, lr, step))
 
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            value = round_stochastically(value, self._rounding_seed(group, param, step))
+            value = round_stochastically(value, self._rounding_seed(group, param, count))
         for key, tensor, output in zip(keys, old, outputs, strict=True):
             new = like(output, tensor)
             state[key] = new if self.defaults["differentiable"] else tensor.copy_(new)
@@ -526,17 +550,20 @@ class GradientMethod(RecordedOptimizer):
         self, group: Group, param: Tensor, state: Group, keys: tuple[str, ...]
     ) -> tuple[Tensor | None, Any]:
         """Return the "step" to be stored and the step's number as a scalar for the rule."""
-        if not (self.counts_steps or group["stochastic_rounding"]):
-            return None, 2 if all(state.get(key) is not None for key in keys) else 1
-        home = param.device if group["capturable"] else torch.device("cpu")
-        count = state.get("step", torch.zeros((), device=home)) + 1
+        count = None
+        if self.counts_steps or group["stochastic_rounding"]:
+            home = param.device if group["capturable"] else torch.device("cpu")
+            count = state.get("step", torch.zeros((), device=home)) + 1
+        if count is None or not self.counts_steps:  # torch's SGD: the first step has no buffer
+            return count, 1 if any(state.get(key) is None for key in keys) else 2
         return count, count.double() if group["capturable"] else count.item()
 
-    def _rounding_seed(self, group: Group, param: Tensor, step: Any) -> int:
+    def _rounding_seed(self, group: Group, param: Tensor, count: Tensor | None) -> int:
         """A seed of this parameter at this step, the same after a checkpoint is loaded."""
+        assert count is not None
         everything = (p for g in self.param_groups for p in g["params"])
         index = next(i for i, p in enumerate(everything) if p is param)
-        return random.Random(f"{group['rounding_seed']} {int(step)} {index}").getrandbits(63)
+        return random.Random(f"{group['rounding_seed']} {int(count)} {index}").getrandbits(63)
 
 
 class Attachment:

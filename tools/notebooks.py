@@ -52,9 +52,8 @@ def imported(tree: ast.AST, exports: dict[str, str]) -> set[str]:
             used.add(str(node.module).split(".")[1])
         elif isinstance(node, ast.Import):
             used |= {a.name.split(".")[1] for a in node.names if a.name.startswith("agrlib.")}
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id == "agrlib":
-                used.add(exports.get(node.attr, node.attr))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "agrlib":
+            used.add(exports.get(node.attr, node.attr))
     return used
 
 
@@ -122,6 +121,7 @@ def execute(root: Path, page: Path) -> float:
         record_timing=False,
         coalesce_streams=True,
         kernel_name="python3",
+        extra_arguments=["--IPKernelApp.log_level=40"],
         resources={"metadata": {"path": str(page.parent)}},
     ).execute()
     for number, cell in enumerate(notebook.cells):

@@ -1,12 +1,16 @@
-"""Sphinx extension: serve MathJax from the book itself, and nothing from another host.
+"""Sphinx extension: the book serves all it needs itself, and says which cells it exports.
 
-The package sphinx-mathjax-offline ships MathJax 3; the pages need a small part of it.
+MathJax comes from the package sphinx-mathjax-offline, of which the pages need a small part. The
+scripts of sphinx-thebe, which would load from another host, are left out: no page has a button that
+starts them. Above each exported cell stands the module that the cell goes to.
 """
 
 import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
+
+from docutils import nodes
 
 KEEP = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")
 
@@ -28,8 +32,29 @@ def copy_mathjax(app: Any, error: Exception | None) -> None:
             shutil.copy2(source / name, target)
 
 
+def drop_thebe(_app: Any, _page: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
+    """Leave out the scripts that would fetch thebe from unpkg.com."""
+    context["script_files"] = [
+        script
+        for script in context.get("script_files", [])
+        if "thebe" not in f"{script.filename} {script.attributes.get('body')}"
+    ]
+
+
+def name_module(app: Any, doctree: nodes.document) -> None:
+    """Write above each exported cell which module it goes to."""
+    module = f"agrlib/{Path(app.env.docname).name}.py"
+    for cell in list(doctree.findall(nodes.container)):
+        if "tag_export" in cell["classes"]:
+            label = nodes.paragraph("", "goes to ", classes=["goes-to"])
+            label += nodes.literal("", module)
+            cell.insert(0, label)
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.config.mathjax_path = "mathjax/tex-chtml.js"
+    app.connect("doctree-read", name_module)
+    app.connect("html-page-context", drop_thebe)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

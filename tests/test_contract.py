@@ -1,0 +1,786 @@
+"""What torch's own optimizers are tested for, run through the list in contract.py."""
+
+import copy
+import math
+import pickle
+import re
+
+import oracle
+import pytest
+import torch
+from contract import (
+    OPTIMIZERS,
+    bits,
+    close,
+    content,
+    every,
+    feed,
+    gradients,
+    members,
+    options,
+    parameters,
+    run,
+    same,
+    step,
+    train,
+    twins,
+    two_groups,
+)
+
+import agrlib
+from agrlib import GradientMethod
+
+HALF = [torch.bfloat16, torch.float16]
+NAN, INF = math.nan, math.inf
+lr_like = torch.optim.lr_scheduler
+
+
+def test_every_optimizer_is_in_the_list_and_has_an_oracle():
+    exported = {v for v in vars(agrlib).values() if isinstance(v, type)}
+    classes = {v for v in exported if issubclass(v, GradientMethod)} - {GradientMethod}
+    assert {entry.cls for entry in OPTIMIZERS} == classes
+    assert {cls.__name__ for cls in classes} == set(oracle.METHODS)
+    assert len({entry.name for entry in OPTIMIZERS}) == len(OPTIMIZERS)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+BAD = {
+    "lr": [("Invalid learning rate", (-1.0, NAN, INF, torch.tensor(-1.0), torch.tensor([NAN])))],
+    "weight_decay": [("Invalid weight_decay value", (-0.1, NAN, INF))],
+    "eps": [("Invalid epsilon value", (-1e-8, NAN, INF))],
+    "momentum": [("Invalid momentum value", (-0.1, NAN, INF))],
+    "dampening": [("Invalid dampening value", (-0.1, 1.5, NAN, INF))],
+    "betas": [
+        ("Invalid beta parameter at index 0", ((-0.1, 0.9), (1.0, 0.9), (NAN, 0.9), (INF, 0.9))),
+        ("Invalid beta parameter at index 1", ((0.9, -0.1), (0.9, 1.0), (0.9, NAN), (0.9, INF))),
+    ],
+}
+
+
+@every
+def test_hyperparameters_out_of_range_are_refused(entry):
+    numeric = {
+        key
+        for key, default in options(entry.cls).items()
+        if isinstance(default, float | tuple) and key != "transforms"
+    }
+    assert numeric <= set(BAD), "say what is out of range for the new hyperparameter"
+    for key in numeric:
+        for message, values in BAD[key]:
+            for value in values:
+                bad = {key: value}
+                with pytest.raises(ValueError, match=message):
+                    entry.cls(parameters(), **{**entry.kwargs, **bad})
+                with pytest.raises(ValueError, match=message):
+                    two_groups(entry, parameters(), **bad)
+                optimizer = entry.cls(parameters()[:1], **entry.kwargs)
+                with pytest.raises(ValueError, match=message):
+                    optimizer.add_param_group(dict(params=parameters()[1:], **bad))
+                assert len(optimizer.param_groups) == 1
+
+
+@twins
+def test_the_wording_is_torchs(entry):
+    for key in set(BAD) & set(options(entry.cls)) - {"dampening"}:  # torch does not check it
+        for _, values in BAD[key]:
+            messages = []
+            for cls in (entry.cls, entry.twin):
+                with pytest.raises(ValueError) as caught:
+                    cls(parameters(), **{**entry.kwargs, key: values[0]})
+                messages.append(str(caught.value))
+            assert messages[0] == messages[1]
+
+
+def test_nesterov_without_momentum_or_with_dampening_is_refused():
+    for wrong in (dict(), dict(momentum=0.9, dampening=0.1)):
+        message = "Nesterov momentum requires a momentum and zero dampening"
+        with pytest.raises(ValueError, match=message):
+            agrlib.SGD(parameters(), nesterov=True, **wrong)
+
+
+@every
+def test_malformed_options_are_refused(entry):
+    def refused(error, message, **wrong):
+        with pytest.raises(error, match=message):
+            entry.cls(parameters(), **{**entry.kwargs, **wrong})
+        if error is not TypeError or "transforms" in wrong:
+            with pytest.raises(error, match=message):
+                two_groups(entry, parameters(), **wrong)
+
+    refused(TypeError, "no_such_option", no_such_option=1)
+    refused(ValueError, "Tensor lr must be 1-element", lr=torch.tensor([0.1, 0.2]))
+    refused(ValueError, "Invalid state_dtype", state_dtype=torch.int32)
+    refused(ValueError, "Invalid state_dtype", state_dtype="float32")
+    refused(RuntimeError, "no fast path", fused=True)
+    refused(RuntimeError, "foreach=True is not supported", foreach=True)
+    refused(TypeError, "transforms takes a list", transforms=agrlib.agr)
+    refused(TypeError, "transforms takes a list", transforms="agr")
+    refused(TypeError, "a transform must be callable, not float", transforms=[0.5])
+
+
+@pytest.mark.parametrize("entry", [e for e in OPTIMIZERS if "betas" in e.kwargs], ids=lambda e: e.name)
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999)])
+def test_betas_must_be_as_many_as_the_method_has(entry, betas):
+    """Or the step would raise only when earlier groups are written."""
+    with pytest.raises(ValueError, match="beta"):
+        entry.cls(parameters(), **{**entry.kwargs, "betas": betas})
+
+
+@every
+def test_fast_path_asked_for_later_is_refused_before_anything_is_written(entry):
+    for key, message in (("fused", "no fast path"), ("foreach", "not supported")):
+        optimizer = two_groups(entry, parameters())
+        feed(members(optimizer), gradients(members(optimizer), 1)[0])
+        before = content(optimizer)
+        optimizer.param_groups[1][key] = True
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert content(optimizer) == before
+
+
+@every
+def test_none_and_false_change_nothing(entry):
+    reference = run(entry)[1]
+    for key in ("foreach", "fused"):
+        for value in (None, False):
+            assert same(run(entry, **{key: value})[1], reference)
+
+
+# --- a step that raises leaves everything as it was --------------------------------------------
+
+
+def fail(grad):
+    """A user's function that gives up on the last parameter, which has this shape."""
+    if grad.shape == (6,):
+        raise ArithmeticError("given up")
+    return grad.mul_(2)  # writes in place, which must not reach p.grad
+
+
+def bad_shape(grad):
+    return grad[:3] if grad.shape == (6,) else grad.zero_()
+
+
+def bad_type(grad):
+    return None if grad.shape == (6,) else grad
+
+
+FAILURES = {
+    "raises": (ArithmeticError, "given up", fail),
+    "shape": (ValueError, r"bad_shape turned .* shape \(6,\) into one of shape \(3,\)", bad_shape),
+    "type": (TypeError, "bad_type must return a tensor, not NoneType", bad_type),
+    "sparse": (RuntimeError, "sparse gradients", None),
+    "closure": (KeyError, "lost", None),
+}
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("failure", FAILURES)
+@every
+def test_a_step_that_raises_changes_nothing(entry, failure, warm):
+    error, message, function = FAILURES[failure]
+    params = parameters(shapes=[(3, 4), (5,), (6,)])
+    optimizer = two_groups(entry, params, transforms=[agrlib.agr])
+    grads = gradients(params)
+    if warm:
+        train(optimizer, grads)
+    feed(params, grads[0])
+    if function is not None:
+        for group in optimizer.param_groups:
+            group["transforms"] = [agrlib.agr, function]
+    if failure == "sparse":
+        params[-1].grad = params[-1].grad.to_sparse()
+    before, objects = content(optimizer), [p.grad for p in params]
+
+    def closure():
+        raise KeyError("lost")
+
+    with pytest.raises(error, match=message):
+        optimizer.step(closure if failure == "closure" else None)
+    assert content(optimizer) == before
+    assert all(param.grad is grad for param, grad in zip(params, objects, strict=True))
+
+
+@every
+def test_a_user_function_gets_a_copy_that_it_may_overwrite(entry):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        # `step`, which `run` calls, asserts that p.grad is as it was, bit for bit
+        _, values = run(entry, dtype, transforms=[lambda g: g.mul_(0.5), lambda g: g.add_(1)])
+        reference = run(entry, dtype, transforms=[lambda g: 0.5 * g + 1])[1]
+        assert same(values, reference)
+
+
+# --- groups, closures, schedulers --------------------------------------------------------------
+
+
+@every
+def test_groups_have_their_own_options(entry):
+    own = dict(lr=0.05, weight_decay=0.3, transforms=[agrlib.agr, torch.sign], maximize=True)
+    params = parameters()
+    grads = gradients(params)
+    values = train(two_groups(entry, params, **own), grads)
+    first, last = parameters()[:-2], parameters()[-2:-1]
+    params, grads = parameters()[:-1], [step[:-1] for step in grads]
+    optimizer = two_groups(entry, params, **own)
+    values = train(optimizer, grads)
+    assert str(optimizer.param_groups[1]["transforms"]) == "agr, sign"
+    alone = train(entry.cls(first, **entry.kwargs), [step[:-1] for step in grads])
+    alone += train(entry.cls(last, **{**entry.kwargs, **own}), [step[-1:] for step in grads])
+    assert same(values, alone)
+    for key, value in own.items():  # and every one of them matters
+        rest = {k: v for k, v in own.items() if k != key}
+        assert not same(values, train(two_groups(entry, parameters()[:-1], **rest), grads)), value
+
+
+@every
+def test_closure(entry):
+    target = [torch.ones_like(p) for p in parameters()]
+
+    def make():
+        params = parameters()
+        optimizer = entry.cls(params, **entry.kwargs, transforms=[agrlib.agr])
+
+        def closure():
+            assert torch.is_grad_enabled()
+            optimizer.zero_grad()
+            loss = sum((p - t).square().sum() for p, t in zip(params, target, strict=True))
+            loss.backward()
+            return loss
+
+        return optimizer, closure, params
+
+    optimizer, closure, params = make()
+    losses = [optimizer.step(closure).item(), optimizer.step(closure=closure).item()]
+    other, closure, others = make()
+    by_hand = []
+    for _ in range(2):
+        by_hand.append(closure().item())
+        assert other.step() is None
+    assert losses == by_hand
+    assert losses[1] < losses[0]
+    assert same(params, others)
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: lr_like.StepLR(o, 2, gamma=0.3),
+    "Cosine": lambda o: lr_like.CosineAnnealingLR(o, 6),
+    "OneCycle": lambda o: lr_like.OneCycleLR(
+        o, 0.1, total_steps=8, cycle_momentum=bool({"momentum", "betas"} & set(o.defaults))
+    ),
+}
+
+
+def scheduled(cls, kwargs, scheduler):
+    params = parameters()
+    optimizer = cls(params, **kwargs)
+    plan = SCHEDULERS[scheduler](optimizer)
+    written = []
+    for grads in gradients(params, 6):
+        keys = set(optimizer.param_groups[0]) & {"lr", "betas", "momentum"}
+        written.append({key: optimizer.param_groups[0][key] for key in keys})
+        step(optimizer, grads)
+        plan.step()
+    return [param.detach() for param in params], written
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@every
+def test_schedulers(entry, scheduler):
+    values, written = scheduled(entry.cls, entry.kwargs, scheduler)
+    if entry.twin:
+        close(values, scheduled(entry.twin, entry.kwargs, scheduler)[0], 1e-12)
+    params = parameters()
+    optimizer = entry.cls(params, **entry.kwargs)
+    for options, grads in zip(written, gradients(params, 6), strict=True):
+        optimizer.param_groups[0].update(options)
+        step(optimizer, grads)
+    assert same(values, params)
+    assert len({str(options["lr"]) for options in written}) > 2
+
+
+@every
+def test_maximize_descends_on_negated_gradients(entry):
+    """The order of a step: transforms see the raw gradient, then comes the sign, then decay."""
+    for transforms, by_hand in (([], lambda g: g), ([torch.relu], torch.relu)):
+        values = run(entry, maximize=True, transforms=transforms)[1]
+        params = parameters()
+        negated = [[-by_hand(g) for g in step] for step in gradients(params)]
+        assert same(values, train(entry.cls(params, **entry.kwargs), negated))
+    assert not same(run(entry)[1], run(entry, maximize=True)[1])
+
+
+# --- kinds of learning rates, devices, autograd ------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-element"])
+@every
+def test_tensor_lr(entry, shape):
+    lr = torch.full(shape, entry.kwargs["lr"], dtype=torch.float64)
+    close(run(entry, lr=lr)[1], run(entry)[1], 1e-13)
+    close(run(entry, torch.float32, lr=lr.float())[1], run(entry, torch.float32)[1], 1e-6)
+    assert lr.item() == entry.kwargs["lr"]
+    params = parameters()
+    optimizer = entry.cls(params, **{**entry.kwargs, "lr": lr})
+    grads = gradients(params)
+    train(optimizer, grads[:2])
+    lr.mul_(0.1)  # a tensor is read anew at every step
+    values = train(optimizer, grads[2:])
+    params = parameters()
+    optimizer = entry.cls(params, **entry.kwargs)
+    train(optimizer, grads[:2])
+    optimizer.param_groups[0]["lr"] *= 0.1
+    close(values, train(optimizer, grads[2:]), 1e-13)
+
+
+@every
+def test_tensor_lr_of_zero_dimensions_does_not_widen_the_computation(entry):
+    """A double of zero dimensions promotes a zero-dimensional parameter, and no other."""
+    results = []
+    for shape in ((), (2,)):
+        params = [torch.nn.Parameter(torch.full(shape, 0.7, dtype=torch.float32))]
+        lr = torch.tensor(entry.kwargs["lr"], dtype=torch.float64)
+        optimizer = entry.cls(params, **{**entry.kwargs, "lr": lr}, capturable=True)
+        train(optimizer, [[torch.full(shape, 0.1 * t)] for t in range(1, 6)])
+        results.append(params[0].detach().reshape(-1)[:1])
+    assert same(*([r] for r in results))
+
+
+@every
+def test_capturable(entry):
+    close(run(entry, capturable=True)[1], run(entry)[1], 1e-13)
+    close(run(entry, torch.float32, capturable=True)[1], run(entry, torch.float32)[1], 1e-6)
+
+
+@every
+def test_capturable_keeps_step_on_the_device_and_never_waits_for_it(entry):
+    """The meta device has no values: whatever asked for one would raise."""
+    lr = torch.tensor(0.1)
+    for capturable, home in ((True, "meta"), (False, "cpu")):
+        params = [torch.nn.Parameter(torch.empty(3, 2, device="meta"))]
+        rest = {k: v for k, v in entry.kwargs.items() if k != "lr"}
+        optimizer = entry.cls(params, lr=lr, capturable=capturable, **rest)
+        for _ in range(2):
+            params[0].grad = torch.empty(3, 2, device="meta")
+            optimizer.step()
+        state = optimizer.state[params[0]]
+        assert all(v.device.type == "meta" for k, v in state.items() if k != "step")
+        if entry.cls.counts_steps:
+            assert state["step"].device.type == home
+
+
+@pytest.mark.parametrize("transforms", [(), (agrlib.agr,)], ids=["plain", "agr"])
+@every
+def test_differentiable(entry, transforms):
+    """Autograd through three steps equals finite differences, in start, lr and gradients."""
+
+    def trained(start, lr, *grads):
+        param = start.clone()
+        rest = {k: v for k, v in entry.kwargs.items() if k != "lr"}
+        optimizer = entry.cls(
+            [param], lr=lr, differentiable=True, transforms=transforms, **rest
+        )
+        for grad in grads:
+            param.grad = grad
+            optimizer.step()
+        return param, *(v for k, v in optimizer.state[param].items() if k != "step")
+
+    start = parameters(shapes=[(4,)])[0].detach().requires_grad_()
+    lr = torch.tensor(entry.kwargs["lr"], dtype=torch.float64, requires_grad=True)
+    grads = [grad.requires_grad_() for [grad] in gradients([start], 3)]
+    assert torch.autograd.gradcheck(trained, (start, lr, *grads))
+    result = trained(start, lr, *grads)[0]
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(result.sum(), (start, lr, *grads)))
+    plain = entry.cls([p := torch.nn.Parameter(start.detach().clone())], **entry.kwargs)
+    plain.param_groups[0]["transforms"] = list(transforms)
+    train(plain, [[grad.detach()] for grad in grads])
+    close([result.detach()], [p.detach()], 1e-14)
+
+
+@every
+def test_differentiable_refuses_a_leaf_and_says_why(entry):
+    params = parameters()
+    optimizer = entry.cls(params, differentiable=True, **entry.kwargs)
+    feed(params, gradients(params, 1)[0])
+    before = content(optimizer)
+    with pytest.raises(RuntimeError, match="optimize a clone"):
+        optimizer.step()
+    assert content(optimizer) == before
+
+
+@every
+def test_gradients_that_require_grad_leave_no_graph(entry):
+    optimizer, _ = run(entry, steps=1)
+    for param in members(optimizer):
+        param.grad = (2 * param).detach().requires_grad_() * 1
+    optimizer.step()
+    for param in members(optimizer):
+        assert param.is_leaf
+        assert not any(v.requires_grad for v in optimizer.state[param].values())
+
+
+# --- kinds of tensors --------------------------------------------------------------------------
+
+
+@every
+def test_complex_numbers_are_pairs_of_reals(entry):
+    for wide, narrow in ((torch.complex128, torch.float64), (torch.complex64, torch.float32)):
+        params = parameters(wide)
+        grads = gradients(params)
+        pairs = [torch.nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in params]
+        real = [[torch.view_as_real(g) for g in step] for step in grads]
+        optimizer = entry.cls(params, **entry.kwargs)
+        values = train(optimizer, grads)
+        reference = entry.cls(pairs, **entry.kwargs)
+        assert pairs[0].dtype == narrow
+        assert same([torch.view_as_real(v) for v in values], train(reference, real))
+        for param, pair in zip(params, pairs, strict=True):
+            for key, value in reference.state[pair].items():
+                mine = optimizer.state[param][key]
+                assert bits(value) == bits(mine if key == "step" else torch.view_as_real(mine))
+        if entry.twin:
+            twin = entry.twin(parameters(wide), **entry.kwargs)
+            close(values, train(twin, grads), 1e-12 if wide == torch.complex128 else 1e-5)
+
+
+@every
+def test_conjugate_views_are_resolved(entry):
+    results = []
+    for lazy in (True, False):
+        params = parameters(torch.complex128, [(3, 2)])
+        optimizer = entry.cls(params, **entry.kwargs)
+        grad = gradients(params, 1)[0][0].conj()
+        params[0].grad = grad if lazy else grad.resolve_conj()
+        optimizer.step()
+        results.append(params[0].detach())
+    assert same([results[0]], [results[1]])
+
+
+@pytest.mark.parametrize("transforms", [(), (agrlib.agr,)], ids=["plain", "agr"])
+@every
+def test_strides_are_kept_and_change_no_value(entry, transforms):
+    def strided(tensor):
+        return tensor.contiguous(memory_format=torch.channels_last)
+
+    makers = {
+        "channels_last": strided,
+        "transposed": lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
+        "gaps": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+    }
+    [plain] = parameters(shapes=[(4, 3, 2, 5)])
+    grads = gradients([plain])
+    reference = entry.cls([plain], transforms=transforms, **entry.kwargs)
+    train(reference, grads)
+    for name, make in makers.items():
+        for same_strides in (True, False):
+            [param] = parameters(shapes=[(4, 3, 2, 5)])
+            param = torch.nn.Parameter(make(param.detach()))
+            strides = param.stride()
+            optimizer = entry.cls([param], transforms=transforms, **entry.kwargs)
+            for [grad] in grads:
+                param.grad = make(grad) if same_strides else grad.clone()
+                raw = bits(param.grad)
+                optimizer.step()
+                assert bits(param.grad) == raw
+            assert param.stride() == strides, name
+            close([param.detach()], [plain.detach()], 1e-14)  # sums may run in another order
+            for key, value in optimizer.state[param].items():
+                close([value], [reference.state[plain][key]], 1e-14)
+                if key != "step" and name != "gaps":
+                    assert value.stride() == strides, name
+
+
+@every
+def test_expanded_gradients(entry):
+    params = parameters(shapes=[(3, 4)])
+    optimizer = entry.cls(params, transforms=[agrlib.agr, torch.relu_], **entry.kwargs)
+    params[0].grad = torch.tensor(0.5, dtype=torch.float64).expand(3, 4)
+    optimizer.step()
+    assert params[0].grad.stride() == (0, 0)
+    assert (params[0].grad == 0.5).all()
+    [other] = parameters(shapes=[(3, 4)])
+    reference = entry.cls([other], transforms=[agrlib.agr, torch.relu_], **entry.kwargs)
+    step(reference, [torch.full((3, 4), 0.5, dtype=torch.float64)])
+    assert same(params, [other])
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", HALF)
+@every
+def test_half_precision_is_computed_in_float32_and_rounded_once(entry, dtype, state_dtype):
+    halves, singles = parameters(dtype), [
+        torch.nn.Parameter(p.detach().float()) for p in parameters(dtype)
+    ]
+    both = dict(transforms=[agrlib.agr, lambda g: g / 3], maximize=True, **entry.kwargs)
+    half, single = entry.cls(halves, state_dtype=state_dtype, **both), entry.cls(singles, **both)
+    for grads in gradients(halves):
+        step(half, grads)
+        step(single, [grad.float() for grad in grads])
+        for p, q in zip(halves, singles, strict=True):
+            q.data.copy_(q.detach().to(dtype))
+            assert p.dtype == dtype
+            assert torch.equal(p.float(), q)
+            for key, value in single.state[q].items():
+                kept = torch.float32 if key == "step" else state_dtype or dtype
+                value.copy_(value.to(kept))
+                assert half.state[p][key].dtype == kept
+                assert torch.equal(half.state[p][key].float(), value)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float64, torch.float32, torch.bfloat16])
+@every
+def test_state_dtype(entry, state_dtype):
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        optimizer, values = run(entry, dtype, state_dtype=state_dtype)
+        for param in members(optimizer):
+            assert param.dtype == dtype
+            for key, value in optimizer.state[param].items():
+                kind = state_dtype.to_complex() if dtype.is_complex else state_dtype
+                assert value.dtype == (torch.float32 if key == "step" else kind)
+        close(values, run(entry, dtype)[1], 0.1)
+
+
+# --- stochastic rounding -----------------------------------------------------------------------
+
+
+def rounded(entry, seed, shape=(4096,), **more):
+    torch.manual_seed(seed)
+    param = torch.nn.Parameter(torch.full(shape, -0.7, dtype=torch.bfloat16))
+    kwargs = {**entry.kwargs, "lr": 1e-3, **more}
+    return entry.cls([param], stochastic_rounding=True, state_dtype=torch.float32, **kwargs), param
+
+
+@every
+def test_stochastic_rounding_is_unbiased(entry):
+    optimizer, param = rounded(entry, seed=0)
+    step(optimizer, [torch.full_like(param, 0.3)])
+    exact = torch.nn.Parameter(torch.full((1,), -0.7, dtype=torch.bfloat16).float())
+    reference = entry.cls([exact], **{**entry.kwargs, "lr": 1e-3})
+    step(reference, [torch.full_like(exact, torch.tensor(0.3).bfloat16().item())])
+    low, high = param.float().aminmax()
+    assert low < exact.item() < high, "both neighbors must occur"
+    assert len(param.unique()) == 2
+    sigma = (high - low) / 2 / math.sqrt(param.numel())  # at most, for a coin with two sides
+    assert abs(param.double().mean() - exact.item()) < 5 * sigma
+
+
+@every
+def test_stochastic_rounding_differs_between_steps(entry):
+    """With the same noise, those rounded up at one step would be among those of the other."""
+    optimizer, param = rounded(entry, seed=0)
+    ups = []
+    for _ in range(2):
+        param.data.fill_(-0.7)
+        step(optimizer, [torch.full_like(param, 0.3)])
+        ups.append(param == param.max())
+    assert 0 < ups[0].sum() < param.numel()
+    assert (ups[0] & ~ups[1]).any()
+    assert (ups[1] & ~ups[0]).any()
+
+
+@every
+def test_stochastic_rounding_depends_on_seed_step_and_index_alone(entry):
+    def trajectory(seed, resume=None, deep=False):
+        optimizer, param = rounded(entry, seed, (64,))
+        extra = torch.nn.Parameter(param.detach().clone())
+        optimizer.add_param_group(dict(params=[extra]))
+        history = []
+        for t in range(4):
+            if t == resume:
+                saved = copy.deepcopy(optimizer.state_dict())
+                values = [param.detach().clone(), extra.detach().clone()]
+                optimizer, param = rounded(entry, 99, (64,))
+                extra = torch.nn.Parameter(values[1])
+                optimizer.add_param_group(dict(params=[extra]))
+                param.data.copy_(values[0])
+                optimizer.load_state_dict(saved)
+            if deep and t == 2:
+                optimizer = copy.deepcopy(optimizer)
+                param, extra = members(optimizer)
+            torch.rand(t)  # other users of the generator do not matter
+            step(optimizer, [torch.full_like(param, 0.3), torch.full_like(extra, 0.3)])
+            history += [param.detach().clone(), extra.detach().clone()]
+        return history
+
+    first = trajectory(1)
+    assert same(first, trajectory(1))
+    assert same(first, trajectory(1, resume=2)), "resuming must be exact"
+    assert same(first, trajectory(1, deep=True))
+    assert not same(first, trajectory(2))
+    assert not torch.equal(first[0], first[1]), "two parameters round alike"
+
+
+@every
+def test_stochastic_rounding_of_other_values(entry):
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        assert same(run(entry, dtype, stochastic_rounding=True)[1], run(entry, dtype)[1])
+    for dtype in (torch.bfloat16,):  # empty, one element, zero dimensions, strided
+        values = run(entry, dtype, stochastic_rounding=True)[1]
+        close(values, run(entry, dtype)[1], 0.1)
+    lr = torch.tensor(entry.kwargs["lr"])
+    for more in (dict(lr=lr), dict(capturable=True)):
+        close(
+            run(entry, torch.bfloat16, stochastic_rounding=True, **more)[1],
+            run(entry, torch.bfloat16, stochastic_rounding=True)[1],
+            0.1,
+        )
+    params = [torch.nn.Parameter(torch.tensor([NAN, INF, -INF, 0.0], dtype=torch.bfloat16))]
+    optimizer = entry.cls(params, stochastic_rounding=True, **{**entry.kwargs, "weight_decay": 0})
+    step(optimizer, [torch.zeros_like(params[0])])
+    assert bits(params[0].nan_to_num(1, 2, 3)) == bits(
+        torch.tensor([1, 2, 3, 0], dtype=torch.bfloat16)
+    )
+
+
+# --- which parameters, which state -------------------------------------------------------------
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3).double(), torch.nn.Linear(3, 3).double()
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@every
+def test_tied_parameters_are_updated_once(entry):
+    torch.manual_seed(0)
+    model = Tied()
+    other = copy.deepcopy(model)
+    optimizer = entry.cls(model.parameters(), **entry.kwargs)
+    weight = entry.cls([other.first.weight], **entry.kwargs)
+    biases = entry.cls([other.first.bias, other.second.bias], **entry.kwargs)
+    for _ in range(3):
+        for net, parts in ((model, [optimizer]), (other, [weight, biases])):
+            net.zero_grad()
+            net(torch.eye(3, dtype=torch.float64)).square().sum().backward()
+            for part in parts:
+                part.step()
+    assert len(optimizer.state) in (0, 3)
+    assert model.first.weight is model.second.weight
+    assert same(model.parameters(), other.parameters())
+
+
+@every
+def test_parameters_without_gradient(entry):
+    params = parameters()
+    optimizer = entry.cls(params, transforms=[agrlib.agr], **entry.kwargs)
+    before = content(optimizer)
+    optimizer.step()
+    assert content(optimizer) == before
+    assert not optimizer.state
+
+    grads = gradients(params)
+    for t, full in enumerate(grads):  # the second parameter first has a gradient at the third step
+        step(optimizer, [None if i == 1 and t < 2 else g for i, g in enumerate(full)])
+        assert (params[1] in optimizer.state) == (t >= 2 and bool(optimizer.state))
+    late = entry.cls([fresh := parameters()[1]], transforms=[agrlib.agr], **entry.kwargs)
+    train(late, [[full[1]] for full in grads[2:]])
+    assert same([params[1]], [fresh])
+    for key, value in late.state[fresh].items():
+        assert bits(optimizer.state[params[1]][key]) == bits(value)
+    if entry.cls.counts_steps:
+        assert [int(optimizer.state[p]["step"]) for p in params[:2]] == [4, 2]
+
+
+@twins
+def test_state_and_group_keys_are_torchs(entry):
+    ours, theirs = run(entry)[0], entry.twin(parameters(), **entry.kwargs)
+    train(theirs, gradients(members(theirs)))
+    for p, q in zip(members(ours), members(theirs), strict=True):
+        described = [
+            {k: (v.shape, v.dtype, v.device) for k, v in o.state.get(x, {}).items()}
+            for o, x in ((ours, p), (theirs, q))
+        ]
+        assert described[0] == described[1]
+    own = {"transforms", "state_dtype", "stochastic_rounding", "bias_correction", "rounding_seed"}
+    mine, torchs = set(ours.param_groups[0]), set(theirs.param_groups[0])
+    assert mine >= torchs - {"decoupled_weight_decay"}  # how torch's AdamW marks its class
+    assert mine <= torchs | own | {"capturable"}  # torch's SGD has no step to keep on a device
+
+
+@every
+def test_deepcopy_and_pickle_keep_everything(entry):
+    for clone in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
+        params = parameters(shapes=[(3, 4), (5,)])
+        more = dict(transforms=[agrlib.agr, torch.sign], maximize=True, state_dtype=torch.float64)
+        optimizer = two_groups(entry, params, lr=0.5, **more)
+        grads = gradients(params)
+        train(optimizer, grads[:2])
+        copied = clone(optimizer)
+        assert type(copied) is type(optimizer)
+        assert repr(copied) == repr(optimizer)
+        assert copied.defaults == optimizer.defaults
+        assert copied.param_groups[1]["transforms"][0] is agrlib.agr
+        assert set(vars(copied)) >= {k for k in vars(optimizer) if not k.startswith("_")}
+        assert content(copied).keys() == content(optimizer).keys()
+        assert not {id(p) for p in members(copied)} & {id(p) for p in params}
+        assert same(train(copied, grads[2:]), train(optimizer, grads[2:]))
+
+
+@every
+def test_repr_names_the_transforms(entry):
+    chain = [agrlib.agr, torch.sign]
+    text = repr(entry.cls(parameters(), transforms=chain, **entry.kwargs))
+    assert text.startswith(entry.cls.__name__ + " (")
+    assert re.search(r"^ +transforms: agr, sign$", text, re.MULTILINE)
+    assert all(re.search(rf"^ +{key}: ", text, re.MULTILINE) for key in entry.kwargs)
+
+
+@every
+def test_hooks_of_step(entry):
+    optimizer, _ = run(entry, steps=1)
+    calls = []
+    before = optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append("before"))
+    after = optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append("after"))
+    optimizer.step()
+    assert calls == ["before", "after"]
+    before.remove(), after.remove()
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
+@every
+def test_zero_gradients_change_nothing_but_by_decay(entry):
+    params = parameters()
+    still = entry.cls(params, transforms=[agrlib.agr], **{**entry.kwargs, "weight_decay": 0})
+    start = [param.detach().clone() for param in params]
+    assert same(train(still, [[torch.zeros_like(p) for p in params]] * 3), start)
+    decaying = entry.cls(params, transforms=[agrlib.agr], **entry.kwargs)
+    values = train(decaying, [[torch.zeros_like(p) for p in params]])
+    for value, old in zip(values, start, strict=True):
+        assert (value.abs() < old.abs()).all()
+
+
+# --- every option changes a number -------------------------------------------------------------
+
+CHANGED = dict(transforms=[agrlib.agr], state_dtype=torch.float32, betas=None)
+HOW_TO_RUN = {"foreach", "fused", "capturable", "differentiable"}  # change no number, on purpose
+
+
+def alternatives(entry, key):
+    value = {**options(entry.cls), **entry.kwargs}[key]
+    if key == "betas":
+        return [value[:i] + (0.5,) + value[i + 1 :] for i in range(len(value))]
+    if key in CHANGED:
+        return [CHANGED[key]]
+    return [not value] if isinstance(value, bool) else [value * 1.5 + 0.01]
+
+
+@pytest.mark.parametrize("cls", {entry.cls: None for entry in OPTIMIZERS})
+def test_every_option_changes_a_number(cls):
+    entries = [entry for entry in OPTIMIZERS if entry.cls is cls]
+    for key in set(options(cls)) - HOW_TO_RUN:
+        seen = []
+        for entry in entries:
+            for other in alternatives(entry, key):
+                try:  # bfloat16, so that rounding and the state's type can show
+                    changed = run(entry, torch.bfloat16, **{key: other})[1]
+                except ValueError:  # an option that this combination excludes
+                    continue
+                seen.append(not same(changed, run(entry, torch.bfloat16)[1]))
+        assert any(seen), f"{key} changes nothing"
+        if key not in ("dampening", "state_dtype"):  # without momentum there is no buffer
+            assert all(seen), f"{key} changes nothing in one of the variants"

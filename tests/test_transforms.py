@@ -1,0 +1,232 @@
+"""The transform protocol, `agr`, and how chains run in a step."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from contract import bits, close, content, feed, gradients, members, parameters, run, same, step, train
+
+import agrlib
+from agrlib import Transform, agr, optimizer, transform
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (7,), (2, 3, 2, 2), (1,), (1, 1), (), (0,), (0, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agr_equals_the_oracle(dtype, shape):
+    """Half precision is summed in float32, so the error is one rounding and no more."""
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    raw = bits(grad)
+    result = agr(grad)
+    assert bits(grad) == raw
+    assert result.shape == grad.shape
+    assert result.dtype == dtype
+    exact = torch.from_numpy(np.asarray(oracle.agr(grad.double().numpy())))
+    digits = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps / 1.9)
+    torch.testing.assert_close(result.double(), exact, rtol=digits, atol=0)
+
+
+def test_agr_of_many_half_precision_numbers():
+    """A sum in float16 overflows at 65,504, one in bfloat16 stops growing at 256."""
+    for dtype in (torch.float16, torch.bfloat16):
+        grad = torch.full((100_000,), 1.0, dtype=dtype)
+        grad[0] = 30_000.0
+        assert agr(grad)[0].item() == pytest.approx(30_000 * (1 - 30 / 130), rel=0.005)
+
+
+def test_agr_by_hand():
+    assert agr(torch.tensor([3.0, -1.0])).tolist() == [0.75, -0.75]
+    assert agr(torch.tensor([[2.0, 0.0], [1.0, -1.0]])).tolist() == [[1.0, 0.0], [0.75, -0.75]]
+    for zeros in (torch.zeros(3), torch.zeros(1), torch.zeros(())):
+        assert torch.equal(agr(zeros), zeros)
+    for one in (torch.tensor([5.0]), torch.tensor(-5.0), torch.tensor([[math.nan]])):
+        assert bits(agr(one)) == bits(one)
+    # one element alone is not zero: the formula erases it, and exactly so
+    assert all((agr(torch.tensor([x, 0.0])) == 0).all() for x in torch.rand(1000).tolist())
+
+
+def test_agr_of_complex_numbers_keeps_the_phase():
+    grad = torch.tensor([3 + 4j, 0j, -5j], dtype=torch.complex128)
+    torch.testing.assert_close(agr(grad), grad * torch.tensor([0.5, 1, 0.5]))
+
+
+def test_agr_of_values_that_are_not_finite():
+    inf, nan = math.inf, math.nan
+    assert repr(agr(torch.tensor([inf, 1.0, -2.0])).tolist()) == "[nan, 1.0, -2.0]"
+    assert agr(torch.tensor([nan, 1.0])).isnan().all()
+
+
+def test_agr_refuses_a_sparse_gradient():
+    with pytest.raises(RuntimeError, match="sparse"):
+        agr(torch.eye(3).to_sparse())
+
+
+def halve_rule(grad, factor):
+    return factor * grad
+
+
+def magnitude(grad):
+    return abs(grad)
+
+
+def mean(total, count):
+    return total / count
+
+
+def minus(grad, total):
+    return grad - total
+
+
+halve = Transform(halve_rule, constants=(0.5,), name="halve")
+centered_rows = Transform(minus, over="row", summand=lambda g: g, finish=mean, name="centered_rows")
+centered = Transform(minus, over="tensor", summand=lambda g: g, finish=mean, name="centered")
+whole = Transform(
+    lambda grad, total: grad / total, over="all", summand=magnitude, smallest=2, name="whole"
+)
+
+
+def test_what_a_transform_sums_over():
+    grads = [torch.randn(3, 4), torch.randn(5), torch.randn(2, 3, 2), torch.randn(()), torch.ones(0)]
+    rows = centered_rows.map(grads)
+    assert torch.equal(rows[0], grads[0] - grads[0].sum(1, keepdim=True) / 4)
+    assert torch.equal(rows[2], grads[2] - grads[2].sum((1, 2), keepdim=True) / 6)
+    assert all(rows[i] is grads[i] for i in (1, 3)), "a vector has no rows"
+    for grad, result in zip(grads, centered.map(grads), strict=True):
+        assert torch.equal(result, grad - grad.mean()) or grad.dim() != 1 or grad.numel() == 0
+    total = sum(grad.abs().sum() for grad in grads if grad.numel() > 1)
+    results = whole.map(grads)
+    for i in (0, 1, 2):
+        torch.testing.assert_close(results[i], grads[i] / total)
+    assert results[3] is grads[3], "smaller than `smallest`: neither counted nor changed"
+    assert torch.equal(halve(torch.tensor([4.0, -2.0])), torch.tensor([2.0, -1.0]))
+    assert centered_rows(torch.ones(0, 3)).shape == (0, 3)
+    assert centered_rows(torch.ones(3, 0)).shape == (3, 0)
+
+
+def test_half_precision_stays_wide_inside_a_chain():
+    """Two transforms in a step are rounded once, at the end, not in between."""
+    grad = torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    [[result]] = optimizer.run_chains([optimizer.Chain.of([agr, halve])], [[grad.float()]])
+    assert result.dtype == torch.float32
+    assert torch.equal(result, halve(agr(grad.float())))
+    assert agr(grad).dtype == grad.dtype
+
+
+def test_declarations_that_make_no_sense_are_refused():
+    for wrong in (dict(over="column", summand=magnitude), dict(over="row"), dict(summand=magnitude)):
+        with pytest.raises(ValueError, match="over"):
+            Transform(minus, **wrong)
+
+
+def test_transforms_have_a_name_and_compare_by_what_they_do():
+    again = Transform(halve_rule, constants=(0.5,), name="halve")
+    assert again == halve
+    assert hash(again) == hash(halve)
+    others = [
+        Transform(halve_rule, constants=(0.25,), name="halve"),
+        Transform(halve_rule, constants=(0.5,), name="quarter"),
+        Transform(halve_rule, constants=(0.5,), name="halve", smallest=2),
+        agr,
+        halve_rule,
+    ]
+    assert all(other != halve for other in others)
+    assert [repr(t) for t in (agr, halve)] == ["agr", "halve"]
+    assert transform(constants=(0.5,))(halve_rule).__name__ == "halve_rule"
+    assert "magnitudes" in agr.__doc__
+
+
+def test_transforms_are_copied_and_pickled_by_name_or_by_value():
+    for clone in (copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))):
+        assert clone(agr) is agr
+        assert clone(halve) == halve
+        assert clone(optimizer.Chain([agr, halve])) == (agr, halve)
+        assert repr(clone(optimizer.Chain([agr, halve]))) == "agr, halve"
+
+
+def test_a_chain_runs_left_to_right():
+    grad = torch.tensor([3.0, -1.0, 4.0])
+    plus = lambda g: g + 1  # noqa: E731
+    results = []
+    for chain in ([agr, plus], [plus, agr]):
+        param = torch.nn.Parameter(torch.zeros(3))
+        step(agrlib.SGD([param], lr=1.0, transforms=chain), [grad])
+        results.append(-param.detach())
+    close(results, [agr(grad) + 1, agr(grad + 1)], 1e-7)
+    assert not torch.allclose(*results)
+
+
+def test_a_sum_over_all_tensors_spans_the_groups_whose_chain_holds_it():
+    params = parameters(shapes=[(3, 4), (5,), (2, 2), (6,)])
+    groups = [
+        dict(params=params[:1], transforms=[whole]),
+        dict(params=params[1:2], transforms=[agr, whole, torch.sin]),
+        dict(params=params[2:3]),
+        dict(params=params[3:], transforms=[whole]),
+    ]
+    [grads] = gradients(params, 1)
+    start = [param.detach().clone() for param in params]
+    values = train(agrlib.SGD(groups, lr=1.0), [[*grads[:3], None]])  # the last has no gradient
+    total = grads[0].abs().sum() + agr(grads[1]).abs().sum()
+    moved = [grads[0] / total, torch.sin(agr(grads[1]) / total), grads[2], torch.zeros(6)]
+    for value, old, move in zip(values, start, moved, strict=True):
+        torch.testing.assert_close(value, old - move, rtol=1e-13, atol=1e-13)
+
+
+def test_sums_over_all_tensors_that_wait_for_each_other_are_refused():
+    other = Transform(minus, over="all", summand=magnitude, name="other")
+    params = parameters()
+    groups = [
+        dict(params=params[:2], transforms=[whole, other]),
+        dict(params=params[2:], transforms=[other, whole]),
+    ]
+    opt = agrlib.SGD(groups, lr=1.0)
+    feed(params, gradients(params, 1)[0])
+    before = content(opt)
+    with pytest.raises(ValueError, match="different order"):
+        opt.step()
+    assert content(opt) == before
+
+
+def test_two_sums_over_all_tensors_in_one_chain():
+    params = parameters(shapes=[(3,), (2, 2)])
+    [grads] = gradients(params, 1)
+    start = [param.detach().clone() for param in params]
+    values = train(agrlib.SGD(params, lr=1.0, transforms=[whole, halve, whole]), [grads])
+    total = sum(grad.abs().sum() for grad in grads)
+    for value, old, grad in zip(values, start, grads, strict=True):  # the second has total 1/2
+        torch.testing.assert_close(value, old - grad / total, rtol=1e-13, atol=1e-13)
+
+
+def test_a_transform_may_be_any_callable():
+    class Scale:
+        def __call__(self, grad):
+            return 2 * grad
+
+    from contract import OPTIMIZERS
+
+    entry = OPTIMIZERS[0]
+    opt, values = run(entry, transforms=(f for f in [Scale()]))
+    assert str(opt.param_groups[0]["transforms"]) == "Scale"
+    assert same(values, run(entry, transforms=[lambda g: 2 * g])[1])
+    opt.param_groups[0]["transforms"] = [agr]  # put there as a plain list, later
+    step(opt, gradients(members(opt), 1)[0])
+    assert str(opt.param_groups[0]["transforms"]) == "agr"
+
+
+def test_a_user_transform_sees_float32_for_half_precision_and_no_graph():
+    seen = []
+
+    def look(grad):
+        seen.append((grad.dtype, grad.requires_grad, torch.is_grad_enabled()))
+        return grad
+
+    for dtype in DTYPES:
+        param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        step(agrlib.SGD([param], lr=1.0, transforms=[look]), [torch.ones(3, dtype=dtype)])
+    wide = [torch.float64, torch.float32, torch.float32, torch.float32]
+    assert seen == [(dtype, False, False) for dtype in wide]
