@@ -36,9 +36,7 @@ OPTIMIZERS = [
         agrlib.SGD,
         dict(lr=0.03, momentum=0.8, dampening=0.3, weight_decay=0.1),
     ),
-    Entry(
-        "SGD-nesterov", agrlib.SGD, dict(lr=0.03, momentum=0.8, nesterov=True, weight_decay=0.1)
-    ),
+    Entry("SGD-nesterov", agrlib.SGD, dict(lr=0.03, momentum=0.8, nesterov=True, weight_decay=0.1)),
     Entry("Adam", agrlib.Adam, dict(lr=0.02, **DIRECTIONS)),
     Entry("Adam-amsgrad", agrlib.Adam, dict(lr=0.02, amsgrad=True, **DIRECTIONS)),
     Entry("Adam-plain", agrlib.Adam, dict(lr=0.02, bias_correction=False, **DIRECTIONS)),

@@ -29,7 +29,9 @@ from agrlib import Transform, optimizer
 
 PRIMITIVES = {"sqrt", "abs", "maximum", "where"}
 SIZE = 257
-MODULES = [importlib.import_module(f"agrlib.{m.name}") for m in pkgutil.iter_modules(agrlib.__path__)]
+MODULES = [
+    importlib.import_module(f"agrlib.{m.name}") for m in pkgutil.iter_modules(agrlib.__path__)
+]
 
 
 class Rule(NamedTuple):
@@ -164,9 +166,10 @@ def triton_source(rules: dict[str, Rule]) -> str:
         flat = name.replace(".", "_")
         node = ExactDivision().visit(tree(rule.function))
         node.name = flat
-        outputs = len(rule.eager(rule.inputs(torch.float32), rule.scalars[0]))
+        result = rule.function(*rule.inputs(torch.float32), *rule.scalars[0])
         tensors, scalars = rule.arguments[: rule.tensors], rule.arguments[rule.tensors :]
-        results = [f"out{i}" for i in range(outputs)]
+        results = [f"out{i}" for i in range(len(result) if isinstance(result, tuple) else 1)]
+        target = ", ".join(results) + ("," if isinstance(result, tuple) else "")
         loads = [f"tl.load({t} + i, mask=i < size, other=1.0)" for t in tensors]
         stores = [f"    tl.store({r}_ptr + i, {r}, mask=i < size)" for r in results]
         pointers = [*tensors, *(f"{r}_ptr" for r in results)]
@@ -174,7 +177,7 @@ def triton_source(rules: dict[str, Rule]) -> str:
         parts.append(
             f"@triton.jit\ndef run_{flat}({', '.join(pointers + scalars)}, size, "
             "BLOCK: tl.constexpr):\n    i = tl.arange(0, BLOCK)\n"
-            f"    {', '.join(results)} = {flat}({', '.join(loads + scalars)})\n" + "\n".join(stores)
+            f"    {target} = {flat}({', '.join(loads + scalars)})\n" + "\n".join(stores)
         )
     return "\n\n\n".join(parts) + "\n"
 
@@ -225,9 +228,11 @@ def main(mode: str, out: str) -> None:
         for name, rule in rules.items():
             kernel = getattr(module, "run_" + name.replace(".", "_"))
             try:
-                report[name] = (interpret if mode == "interpret" else compile_for_sm90)(rule, kernel)
+                report[name] = (interpret if mode == "interpret" else compile_for_sm90)(
+                    rule, kernel
+                )
             except Exception as error:
-                report[name] = dict(failed=f"{type(error).__name__}: {error}")
+                report[name] = dict(failed=f"{type(error).__name__}: {error}"[-2000:])
     Path(out).write_text(json.dumps(report))
 
 

@@ -32,7 +32,6 @@ def theirs(entry, how="for-loop", dtype=torch.float64, **more):
     return entry.twin(parameters(dtype), **entry.kwargs, **switch, **more)
 
 
-
 @pytest.mark.parametrize("how", HOW)
 @twins
 def test_attached_equals_built_in(entry, how):

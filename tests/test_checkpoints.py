@@ -187,9 +187,7 @@ def test_transforms_that_differ_in_their_arguments_are_refused():
     def scale(grad, factor):
         return factor * grad
 
-    halves = [
-        agrlib.Transform(scale, constants=(c,), name=f"scale({c})") for c in (0.5, 0.25)
-    ]
+    halves = [agrlib.Transform(scale, constants=(c,), name=f"scale({c})") for c in (0.5, 0.25)]
     first, second = (agrlib.SGD(parameters(), transforms=[halve]) for halve in halves)
     assert first.state_dict()["param_groups"][0]["transforms"] == "scale(0.5)"
     refused(second, first.state_dict(), r"\[scale\(0.5\)\], this optimizer has \[scale\(0.25\)\]")

@@ -119,7 +119,7 @@ def test_malformed_options_are_refused(entry):
     refused(TypeError, "a transform must be callable, not float", transforms=[0.5])
 
 
-@pytest.mark.parametrize("entry", [e for e in OPTIMIZERS if "betas" in e.kwargs], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [e for e in OPTIMIZERS if "betas" in e.kwargs])
 @pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999)])
 def test_betas_must_be_as_many_as_the_method_has(entry, betas):
     """Or the step would raise only when earlier groups are written."""
@@ -376,9 +376,7 @@ def test_differentiable(entry, transforms):
     def trained(start, lr, *grads):
         param = start.clone()
         rest = {k: v for k, v in entry.kwargs.items() if k != "lr"}
-        optimizer = entry.cls(
-            [param], lr=lr, differentiable=True, transforms=transforms, **rest
-        )
+        optimizer = entry.cls([param], lr=lr, differentiable=True, transforms=transforms, **rest)
         for grad in grads:
             param.grad = grad
             optimizer.step()
@@ -507,9 +505,10 @@ def test_expanded_gradients(entry):
 @pytest.mark.parametrize("dtype", HALF)
 @every
 def test_half_precision_is_computed_in_float32_and_rounded_once(entry, dtype, state_dtype):
-    halves, singles = parameters(dtype), [
-        torch.nn.Parameter(p.detach().float()) for p in parameters(dtype)
-    ]
+    halves, singles = (
+        parameters(dtype),
+        [torch.nn.Parameter(p.detach().float()) for p in parameters(dtype)],
+    )
     both = dict(transforms=[agrlib.agr, lambda g: g / 3], maximize=True, **entry.kwargs)
     half, single = entry.cls(halves, state_dtype=state_dtype, **both), entry.cls(singles, **both)
     for grads in gradients(halves):

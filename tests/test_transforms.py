@@ -8,7 +8,19 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from contract import bits, close, content, feed, gradients, members, parameters, run, same, step, train
+from contract import (
+    bits,
+    close,
+    content,
+    feed,
+    gradients,
+    members,
+    parameters,
+    run,
+    same,
+    step,
+    train,
+)
 
 import agrlib
 from agrlib import Transform, agr, optimizer, transform
@@ -91,7 +103,13 @@ whole = Transform(
 
 
 def test_what_a_transform_sums_over():
-    grads = [torch.randn(3, 4), torch.randn(5), torch.randn(2, 3, 2), torch.randn(()), torch.ones(0)]
+    grads = [
+        torch.randn(3, 4),
+        torch.randn(5),
+        torch.randn(2, 3, 2),
+        torch.randn(()),
+        torch.ones(0),
+    ]
     rows = centered_rows.map(grads)
     assert torch.equal(rows[0], grads[0] - grads[0].sum(1, keepdim=True) / 4)
     assert torch.equal(rows[2], grads[2] - grads[2].sum((1, 2), keepdim=True) / 6)
@@ -118,7 +136,11 @@ def test_half_precision_stays_wide_inside_a_chain():
 
 
 def test_declarations_that_make_no_sense_are_refused():
-    for wrong in (dict(over="column", summand=magnitude), dict(over="row"), dict(summand=magnitude)):
+    for wrong in (
+        dict(over="column", summand=magnitude),
+        dict(over="row"),
+        dict(summand=magnitude),
+    ):
         with pytest.raises(ValueError, match="over"):
             Transform(minus, **wrong)
 
