@@ -11,6 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 PY := $(BIN)/python
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+export OMP_NUM_THREADS ?= 1 # two workers of one thread each: the book's tensors are small
 SAY = @printf '\n== %s\n'
 
 setup: .venv/ready

@@ -10,6 +10,7 @@ import math
 import random
 import types
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -223,8 +224,19 @@ def require(valid: bool, what: str, value: Any) -> None:
         raise ValueError(f"Invalid {what}: {value}")
 
 
+def check_types(group: Group) -> None:
+    """Refuse options of a kind that would fail in the middle of a step."""
+    for name in ("lr", "weight_decay"):
+        if not isinstance(group[name], Real | Tensor):
+            raise TypeError(f"{name} must be a number, not {type(group[name]).__name__}")
+    dtype = group["state_dtype"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"Invalid state_dtype: {dtype}; use None or a floating-point torch.dtype")
+
+
 def check_options(group: Group) -> None:
     """Refuse what no method can work with; NaN fails every comparison below."""
+    check_types(group)
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
@@ -240,9 +252,6 @@ def check_options(group: Group) -> None:
         raise RuntimeError(
             "fused=True: this version of agrlib has no fast path; use fused=None or fused=False"
         )
-    dtype = group["state_dtype"]
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"Invalid state_dtype: {dtype}; use None or a floating-point torch.dtype")
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -454,7 +463,7 @@ class GradientMethod(RecordedOptimizer):
             param_group = {**self.defaults, **param_group}
             param_group["transforms"] = Chain.of(param_group["transforms"])
             self.check(param_group)
-            if param_group["stochastic_rounding"]:
+            if param_group["stochastic_rounding"]:  # seeded now, whatever is drawn before a step
                 param_group.setdefault("rounding_seed", torch.initial_seed())
         super().add_param_group(param_group)
 
@@ -504,6 +513,10 @@ class GradientMethod(RecordedOptimizer):
         group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
         if group["fused"] or group["foreach"]:
             check_options(group)
+        check_types(group)
+        self.update_rule(group), self.scalars(group, 1.0, 1)  # options spoiled later fail here
+        if group["stochastic_rounding"]:
+            group.setdefault("rounding_seed", torch.initial_seed())
         for param in params:
             dense(param.grad)  # type: ignore[arg-type]
             if self.defaults["differentiable"] and param.is_leaf and param.requires_grad:

@@ -17,11 +17,8 @@ def sgd(x, gradients, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nestero
     for g in signed(gradients, **flip):
         d = g + weight_decay * x
         b = d if b is None else momentum * b + (1 - dampening) * d
-        if nesterov:
-            b_or_d = d + momentum * b
-        else:
-            b_or_d = b if momentum else d
-        x = x - lr * b_or_d
+        move = b if momentum else d
+        x = x - lr * (d + momentum * b if nesterov else move)
     return x
 
 

@@ -224,13 +224,11 @@ def main(mode: str, out: str) -> None:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        report = {}
+        report, examine = {}, interpret if mode == "interpret" else compile_for_sm90
         for name, rule in rules.items():
             kernel = getattr(module, "run_" + name.replace(".", "_"))
             try:
-                report[name] = (interpret if mode == "interpret" else compile_for_sm90)(
-                    rule, kernel
-                )
+                report[name] = examine(rule, kernel)
             except Exception as error:
                 report[name] = dict(failed=f"{type(error).__name__}: {error}"[-2000:])
     Path(out).write_text(json.dumps(report))

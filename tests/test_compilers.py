@@ -106,9 +106,8 @@ def test_numba(numba, scalar_primitives, name, dtype):
     for scalars in rule.scalars:
         expected = rule.eager(inputs, scalars)
         fixed = [scalar(value) for value in scalars]
-        rows = [
-            compiled(*map(scalar, row), *fixed) for row in zip(*map(torch.Tensor.numpy, inputs))
-        ]
+        elements = zip(*(tensor.numpy() for tensor in inputs), strict=True)
+        rows = [compiled(*element, *fixed) for element in elements]
         columns = zip(*(row if isinstance(row, tuple) else (row,) for row in rows), strict=True)
         for column, reference in zip(columns, expected, strict=True):
             result = torch.tensor(np.array(column, dtype=scalar))

@@ -32,7 +32,7 @@ from agrlib import GradientMethod
 
 HALF = [torch.bfloat16, torch.float16]
 NAN, INF = math.nan, math.inf
-lr_like = torch.optim.lr_scheduler
+schedulers = torch.optim.lr_scheduler
 
 
 def test_every_optimizer_is_in_the_list_and_has_an_oracle():
@@ -137,6 +137,25 @@ def test_fast_path_asked_for_later_is_refused_before_anything_is_written(entry):
         with pytest.raises(RuntimeError, match=message):
             optimizer.step()
         assert content(optimizer) == before
+
+
+@every
+def test_options_spoiled_later_are_noticed_before_anything_is_written(entry):
+    """What a scheduler or a user put into the last group must not leave half a step behind."""
+    spoiled = [("lr", None), ("weight_decay", "much"), ("state_dtype", torch.int64)]
+    spoiled += [(key, (0.9,)) for key in entry.kwargs if key == "betas"]
+    for warm in (False, True):
+        for key, value in spoiled:
+            params = parameters()[:3]
+            optimizer = two_groups(entry, params)
+            grads = gradients(params, 2)
+            train(optimizer, grads[:warm])
+            feed(params, grads[1])
+            before = content(optimizer)
+            optimizer.param_groups[1][key] = value
+            with pytest.raises((TypeError, ValueError)):
+                optimizer.step()
+            assert content(optimizer) == before, key
 
 
 @every
@@ -262,9 +281,9 @@ def test_closure(entry):
 
 
 SCHEDULERS = {
-    "StepLR": lambda o: lr_like.StepLR(o, 2, gamma=0.3),
-    "Cosine": lambda o: lr_like.CosineAnnealingLR(o, 6),
-    "OneCycle": lambda o: lr_like.OneCycleLR(
+    "StepLR": lambda o: schedulers.StepLR(o, 2, gamma=0.3),
+    "Cosine": lambda o: schedulers.CosineAnnealingLR(o, 6),
+    "OneCycle": lambda o: schedulers.OneCycleLR(
         o, 0.1, total_steps=8, cycle_momentum=bool({"momentum", "betas"} & set(o.defaults))
     ),
 }
@@ -291,11 +310,11 @@ def test_schedulers(entry, scheduler):
         close(values, scheduled(entry.twin, entry.kwargs, scheduler)[0], 1e-12)
     params = parameters()
     optimizer = entry.cls(params, **entry.kwargs)
-    for options, grads in zip(written, gradients(params, 6), strict=True):
-        optimizer.param_groups[0].update(options)
+    for values_then, grads in zip(written, gradients(params, 6), strict=True):
+        optimizer.param_groups[0].update(values_then)
         step(optimizer, grads)
     assert same(values, params)
-    assert len({str(options["lr"]) for options in written}) > 2
+    assert len({str(values_then["lr"]) for values_then in written}) > 2
 
 
 @every
@@ -563,6 +582,18 @@ def test_stochastic_rounding_is_unbiased(entry):
 
 
 @every
+def test_stochastic_rounding_may_be_turned_on_later_and_draws_from_no_one_else(entry):
+    torch.manual_seed(3)
+    params = [torch.nn.Parameter(torch.full((64,), -0.7, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = two_groups(entry, params, lr=1e-3)
+    optimizer.param_groups[1]["stochastic_rounding"] = True
+    before = torch.get_rng_state()
+    step(optimizer, [torch.full_like(param, 0.3) for param in params])
+    assert [len(param.unique()) for param in params] == [1, 2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every
 def test_stochastic_rounding_differs_between_steps(entry):
     """With the same noise, those rounded up at one step would be among those of the other."""
     optimizer, param = rounded(entry, seed=0)
@@ -762,7 +793,7 @@ HOW_TO_RUN = {"foreach", "fused", "capturable", "differentiable"}  # change no n
 def alternatives(entry, key):
     value = {**options(entry.cls), **entry.kwargs}[key]
     if key == "betas":
-        return [value[:i] + (0.5,) + value[i + 1 :] for i in range(len(value))]
+        return [(*value[:i], 0.5, *value[i + 1 :]) for i in range(len(value))]
     if key in CHANGED:
         return [CHANGED[key]]
     return [not value] if isinstance(value, bool) else [value * 1.5 + 0.01]

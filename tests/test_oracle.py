@@ -14,7 +14,8 @@ ELSEWHERE = {"transforms", "state_dtype", "stochastic_rounding", "maximize"}  # 
 
 
 def error(values, references):
-    pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in zip(values, references)]
+    both = zip(values, references, strict=True)
+    pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in both]
     return max(np.max(np.abs(a - b) / (np.abs(b) + 0.1), initial=0.0) for a, b in pairs)
 
 
@@ -95,7 +96,7 @@ def test_parity_when_options_change_on_the_way(entry):
     results = []
     for cls in (entry.cls, entry.twin):
         params = parameters()
-        optimizer = cls(params, **{**entry.kwargs, **{key: 0 for key in late}})
+        optimizer = cls(params, **{**entry.kwargs, **dict.fromkeys(late, 0)})
         grads = gradients(params, 10)
         train(optimizer, grads[:5])
         optimizer.param_groups[0].update(late, lr=0.5 * entry.kwargs["lr"])

@@ -1,8 +1,8 @@
 """Sphinx extension: the book serves all it needs itself, and says which cells it exports.
 
-MathJax comes from the package sphinx-mathjax-offline, of which the pages need a small part. The
-scripts of sphinx-thebe, which would load from another host, are left out: no page has a button that
-starts them. Above each exported cell stands the module that the cell goes to.
+MathJax comes from the package sphinx-mathjax-offline, of which the pages need a small part. What
+sphinx-thebe adds, and could load from another host, is left out: no page has a button that starts
+it. Above each exported cell stands the module that the cell goes to.
 """
 
 import importlib.util
@@ -32,13 +32,12 @@ def copy_mathjax(app: Any, error: Exception | None) -> None:
             shutil.copy2(source / name, target)
 
 
-def drop_thebe(_app: Any, _page: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
-    """Leave out the scripts that would fetch thebe from unpkg.com."""
-    context["script_files"] = [
-        script
-        for script in context.get("script_files", [])
-        if "thebe" not in f"{script.filename} {script.attributes.get('body')}"
-    ]
+def leave_out_thebe(app: Any) -> None:
+    """Take back the scripts of sphinx-thebe, which would load from unpkg.com."""
+    for listeners in app.events.listeners.values():
+        for listener in list(listeners):
+            if listener.handler.__name__ in ("init_thebe_core", "update_thebe_context"):
+                app.disconnect(listener.id)
 
 
 def name_module(app: Any, doctree: nodes.document) -> None:
@@ -54,7 +53,9 @@ def name_module(app: Any, doctree: nodes.document) -> None:
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.config.mathjax_path = "mathjax/tex-chtml.js"
+    app.add_css_file("book.css")
+    app.config.html_context.setdefault("default_mode", "auto")  # else the theme logs an error
+    leave_out_thebe(app)
     app.connect("doctree-read", name_module)
-    app.connect("html-page-context", drop_thebe)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
