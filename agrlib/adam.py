@@ -44,8 +44,11 @@ def adam_amsgrad(
 class Adam(GradientMethod):
     """Two moving averages: the direction from the mean, its scale from the mean square.
 
-    With the transformed gradient g: m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2,
-    x <- x - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+    With the transformed gradient g and b1, b2 = betas::
+
+        m <- b1 * m + (1 - b1) * g
+        v <- b2 * v + (1 - b2) * g^2
+        x <- x - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     Args:
         params: parameters or parameter groups; real or complex, of any floating-point type.
@@ -55,8 +58,7 @@ class Adam(GradientMethod):
         weight_decay: adds weight_decay * x to the gradient.
         amsgrad: divide by the largest second moment so far instead of the present one.
         bias_correction: False leaves the averages as they are, biased towards their zero start.
-        transforms, maximize, foreach, fused, capturable, differentiable, state_dtype,
-            stochastic_rounding: see `GradientMethod`.
+        transforms, maximize and the other shared keywords: see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
@@ -128,7 +130,7 @@ class Adam(GradientMethod):
 class AdamW(Adam):
     """Adam with decoupled weight decay: the parameter decays, the gradient does not.
 
-    x <- x - lr * weight_decay * x, then Adam's step with moments of the bare gradient.
+    First ``x <- x - lr * weight_decay * x``, then Adam's step, with moments of the bare gradient.
 
     Args:
         params: parameters or parameter groups; real or complex, of any floating-point type.
@@ -138,8 +140,7 @@ class AdamW(Adam):
         weight_decay: takes lr * weight_decay * x off the parameter.
         amsgrad: divide by the largest second moment so far instead of the present one.
         bias_correction: False leaves the averages as they are, biased towards their zero start.
-        transforms, maximize, foreach, fused, capturable, differentiable, state_dtype,
-            stochastic_rounding: see `GradientMethod`.
+        transforms, maximize and the other shared keywords: see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.

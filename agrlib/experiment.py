@@ -247,6 +247,7 @@ def tune(
     data: Data,
     seeds: Sequence[int],
     epochs: int,
+    batch_size: int = 64,
 ) -> Any:
     """Return the key of the candidate with the smallest mean final validation loss.
 
@@ -258,12 +259,16 @@ def tune(
         data: the problem; only its training and validation parts are used.
         seeds: of the tuning runs, other than those of the final runs.
         epochs: passes over the training part, as many as the final runs have.
+        batch_size: images per step.
+
+    Returns:
+        A key of `candidates`.
 
     Source: chapter "A fair experiment".
     """
     scores = {}
     for key, make_optimizer in candidates.items():
-        runs = run_seeds(make_model, make_optimizer, data, seeds, epochs)
+        runs = run_seeds(make_model, make_optimizer, data, seeds, epochs, batch_size)
         score = float(np.mean([run.valid_loss[-1] for run in runs]))
         scores[key] = score if np.isfinite(score) else np.inf
     return min(scores, key=lambda key: scores[key])

@@ -21,10 +21,13 @@ def nonzero_total(total, count, zero, one):
 def agr(grad, total):
     """Shrink each entry of a gradient by its share of the sum of magnitudes.
 
-    g_i <- g_i * (1 - |g_i| / sum_j |g_j|), the sum over the whole tensor: large entries are damped
-    most. An all-zero gradient stays zero, and a one-element gradient, which the formula would
-    erase, is returned as it is. Half-precision gradients are summed in float32. The magnitude of a
-    complex entry is its modulus, so the phase is kept.
+    With the sum over the whole tensor::
+
+        g_i <- g_i * (1 - |g_i| / sum_j |g_j|)
+
+    Large entries are damped most. An all-zero gradient stays zero, and a one-element gradient,
+    which the formula would erase, is returned as it is. Half-precision gradients are summed in
+    float32. The magnitude of a complex entry is its modulus, so the phase is kept.
 
     Args:
         grad: a gradient of any shape and any floating-point or complex type.

@@ -31,9 +31,13 @@ def nesterov_momentum(grad, param, momentum_buffer, lr, momentum, grad_weight):
 class SGD(GradientMethod):
     """Gradient descent, with heavy-ball or Nesterov momentum.
 
-    With the transformed gradient g: b <- momentum * b + (1 - dampening) * g, where b starts as the
-    first g, and x <- x - lr * b; with Nesterov momentum x <- x - lr * (g + momentum * b); without
-    momentum x <- x - lr * g.
+    With the transformed gradient g and a buffer b that starts as the first g::
+
+        b <- momentum * b + (1 - dampening) * g
+        x <- x - lr * b                      heavy ball
+        x <- x - lr * (g + momentum * b)     Nesterov
+
+    and without momentum ``x <- x - lr * g``.
 
     Args:
         params: parameters or parameter groups; real or complex, of any floating-point type.
@@ -42,8 +46,7 @@ class SGD(GradientMethod):
         dampening: 1 minus the weight of the new gradient, in [0, 1].
         weight_decay: adds weight_decay * x to the gradient.
         nesterov: look ahead along the buffer.
-        transforms, maximize, foreach, fused, capturable, differentiable, state_dtype,
-            stochastic_rounding: see `GradientMethod`.
+        transforms, maximize and the other shared keywords: see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or Nesterov momentum without momentum or with

@@ -22,7 +22,7 @@ ALT = "write one or two sentences that say what the figure shows"
 def toc() -> tuple[str, ...]:
     """Return the pages of the table of contents, as paths from the root, in order."""
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    parts = [entry["file"] for part in contents["parts"] for entry in part["chapters"]]
+    parts = [entry["file"] for part in contents["parts"] for entry in part["chapters"] or []]
     return (contents["root"], *parts)
 
 

@@ -358,6 +358,7 @@ def test_hooks_of_state_dict():
 
     def after(o, state_dict):
         seen.append(o.param_groups[0]["transforms"])
+        assert state_dict["param_groups"][0]["transforms"] == "agr"
         return {**state_dict, "extra": 1}
 
     optimizer.register_state_dict_pre_hook(before)

@@ -117,6 +117,10 @@ def test_what_a_transform_sums_over():
     assert all(rows[i] is grads[i] for i in (1, 3)), "a vector has no rows"
     for grad, result in zip(grads, centered.map(grads), strict=True):
         torch.testing.assert_close(result, grad - grad.mean() if grad.numel() else grad)
+    together = Transform(minus, over="all", summand=lambda g: g, finish=mean, name="together")
+    everything = torch.cat([grad.reshape(-1) for grad in grads])
+    for grad, result in zip(grads, together.map(grads), strict=True):
+        torch.testing.assert_close(result, grad - everything.mean())
     total = sum(grad.abs().sum() for grad in grads if grad.numel() > 1)
     results = whole.map(grads)
     for i in (0, 1, 2):

@@ -34,9 +34,10 @@ def copy_mathjax(app: Any, error: Exception | None) -> None:
 
 def leave_out_thebe(app: Any) -> None:
     """Take back the scripts of sphinx-thebe, which would load from unpkg.com."""
+    scripts = {"init_thebe_core", "update_thebe_context"}
     for listeners in app.events.listeners.values():
         for listener in list(listeners):
-            if listener.handler.__name__ in ("init_thebe_core", "update_thebe_context"):
+            if getattr(listener.handler, "__name__", "") in scripts:
                 app.disconnect(listener.id)
 
 
