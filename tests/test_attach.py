@@ -377,7 +377,7 @@ def test_differentiable():
 
     def trained(grad):
         param = start.clone()
-        optimizer = torch.optim.Adam([param], lr=0.1, differentiable=True)
+        optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9, differentiable=True)
         agrlib.attach(optimizer, [agrlib.agr])
         for _ in range(2):
             param.grad = grad
