@@ -8,8 +8,10 @@ fresh; `--seed` hands the stored outputs to the HTML build, so that nothing runs
 import argparse
 import ast
 import hashlib
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -144,16 +146,25 @@ def execute(root: Path, page: Path) -> float:
 def execute_all(root: Path, pages: list[Path]) -> int:
     """Execute chapters side by side, one line each; return how many failed."""
     failed = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     with ProcessPoolExecutor(max_workers=min(len(pages), os.cpu_count() or 1)) as pool:
         runs = {pool.submit(execute, root, page): page for page in pages}
-        for number, run in enumerate(as_completed(runs), start=1):
-            name = f"notebooks: [{number}/{len(pages)}] book/{runs[run].name}"
-            error = run.exception()
-            if error is None:
-                print(f"{name} executed in {run.result():.0f} s", flush=True)
-            else:
-                failed += 1
-                print(f"{name} FAILED\n{ANSI.sub('', str(error))}", flush=True)
+        try:
+            for number, run in enumerate(as_completed(runs), start=1):
+                name = f"notebooks: [{number}/{len(pages)}] book/{runs[run].name}"
+                error = run.exception()
+                if error is None:
+                    print(f"{name} executed in {run.result():.0f} s", flush=True)
+                else:
+                    failed += 1
+                    print(f"{name} FAILED\n{ANSI.sub('', str(error))}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # writes no pair; its kernel sees that it is alone, and ends
+            raise SystemExit(
+                "notebooks: interrupted; pairs not yet written are as before"
+            ) from None
     return failed
 
 
