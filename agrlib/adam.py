@@ -58,7 +58,8 @@ class Adam(GradientMethod):
         weight_decay: adds weight_decay * x to the gradient.
         amsgrad: divide by the largest second moment so far instead of the present one.
         bias_correction: False leaves the averages as they are, biased towards their zero start.
-        transforms, maximize and the other shared keywords: see `GradientMethod`.
+        transforms: gradient transforms, applied left to right; for this and the keywords after it
+            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
@@ -140,7 +141,8 @@ class AdamW(Adam):
         weight_decay: takes lr * weight_decay * x off the parameter.
         amsgrad: divide by the largest second moment so far instead of the present one.
         bias_correction: False leaves the averages as they are, biased towards their zero start.
-        transforms, maximize and the other shared keywords: see `GradientMethod`.
+        transforms: gradient transforms, applied left to right; for this and the keywords after it
+            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.

@@ -324,7 +324,7 @@ COLORS = dict(
 def use_book_style() -> None:
     """Set matplotlib to transparent figures that can be read on white and on black.
 
-    Colours are told apart by colour-blind readers; chapters vary the line style as well.
+    Colors are told apart by color-blind readers; chapters vary the line style as well.
 
     Source: chapter "A fair experiment".
     """
@@ -362,7 +362,7 @@ def plot_runs(
         runs: one curve per seed, all of one length; epochs on the horizontal axis.
         label: for the legend.
         color: a key of `COLORS`.
-        style: a matplotlib line style, so that colour is not the only difference.
+        style: a matplotlib line style, so that color is not the only difference.
 
     Source: chapter "A fair experiment".
     """

@@ -491,7 +491,8 @@ class GradientMethod(RecordedOptimizer):
             RuntimeError: a gradient is sparse.
             TypeError, ValueError: a transform returned no tensor, or one of another shape.
 
-        Everything is checked before the first write: after an error all is as it was.
+        Everything is checked and all transforms have run before the first write: after any of these
+        errors, parameters and state are as they were.
         """
         loss = None
         if closure is not None:

@@ -45,6 +45,6 @@ def agr(grad, total):
         >>> agr(torch.zeros(2)), agr(torch.tensor([5.0]))
         (tensor([0., 0.]), tensor([5.]))
 
-    Source: Jiang et al. (2024); chapter "Adaptive gradient regularization", equation agr.
+    Source: Jiang et al. (2024); chapter "Adaptive gradient regularization".
     """
     return grad - grad * (abs(grad) / total)  # (agr)

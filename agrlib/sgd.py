@@ -46,7 +46,8 @@ class SGD(GradientMethod):
         dampening: 1 minus the weight of the new gradient, in [0, 1].
         weight_decay: adds weight_decay * x to the gradient.
         nesterov: look ahead along the buffer.
-        transforms, maximize and the other shared keywords: see `GradientMethod`.
+        transforms: gradient transforms, applied left to right; for this and the keywords after it
+            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or Nesterov momentum without momentum or with
@@ -60,7 +61,7 @@ class SGD(GradientMethod):
         >>> weight.data
         tensor([0., 0.])
 
-    Source: chapter "Gradient descent, momentum, Nesterov", equations sgd-step to sgd-nesterov.
+    Source: chapter "Gradient descent, momentum, Nesterov".
     """
 
     counts_steps = False
