@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, maximum, sqrt
+from torch.optim.optimizer import ParamsT
 
 from agrlib.optimizer import GradientMethod, Group
 
@@ -77,7 +78,7 @@ class Adam(GradientMethod):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -162,7 +163,7 @@ class AdamW(Adam):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

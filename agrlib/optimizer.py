@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 Group = dict[str, Any]
 
@@ -43,7 +44,9 @@ class Transform:
         grad -> apply(grad, finish(total, count, *constants))
 
     and without a sum ``grad -> apply(grad, *constants)``. The three functions hold plain arithmetic
-    (sums, products, quotients, sqrt, abs, maximum, where) and no number literals.
+    (sums, products, quotients, sqrt, abs, maximum, where) and no number literals. A total covers
+    the tensors that the optimizer holds: whole ones under DDP and FSDP2, under FSDP1 only the part
+    of one process.
 
     Args:
         apply: ``(grad, total) -> grad``, elementwise; without a sum ``(grad, *constants) -> grad``.
@@ -83,9 +86,10 @@ class Transform:
             raise ValueError(f"over must be None, 'row', 'tensor' or 'all', not {over!r}")
         if (over is None) != (summand is None):
             raise ValueError("give `over` and `summand` together, or neither")
+        own = getattr(apply, "__name__", type(apply).__name__)  # functools.partial has no name
         functools.update_wrapper(self, apply)  # help(), doctest and pickle see a function
         self.__signature__ = inspect.signature(self.__call__)
-        self.__name__ = name or apply.__name__
+        self.__name__ = name or own
         self.apply, self.over, self.summand, self.finish = apply, over, summand, finish
         self.constants, self.smallest = constants, smallest
 
@@ -144,7 +148,7 @@ class Transform:
         return (self.__name__, *declared, self.constants, self.smallest)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.__name__ == self.apply.__name__:  # made by @transform, so pickled as a function is
+        if self.__name__ == getattr(self.apply, "__name__", None):  # made by @transform
             return self.__name__
         return super().__reduce_ex__(protocol)
 
@@ -162,8 +166,9 @@ class Chain(tuple[Callable[[Tensor], Tensor], ...]):
     @classmethod
     def of(cls, transforms: Iterable[Callable[[Tensor], Tensor]]) -> "Chain":
         """Check the transforms that a user gave."""
-        if callable(transforms) or isinstance(transforms, str):
-            raise TypeError(f"transforms takes a list of functions: write [{transforms}]")
+        wrong = callable(transforms) or isinstance(transforms, str | set | dict)
+        if wrong or not isinstance(transforms, Iterable):
+            raise TypeError(f"transforms takes a list of functions, like [agr], not {transforms!r}")
         chain = cls(transforms)
         for function in chain:
             if not callable(function):
@@ -185,6 +190,8 @@ def call_function(function: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
     name = getattr(function, "__name__", type(function).__name__)
     if not isinstance(result, Tensor):
         raise TypeError(f"transform {name} must return a tensor, not {type(result).__name__}")
+    if result.is_complex() and not grad.is_complex():
+        raise TypeError(f"transform {name} turned a real gradient into a complex one")
     if result.shape != grad.shape:
         raise ValueError(
             f"transform {name} turned a gradient of shape {tuple(grad.shape)} "
@@ -198,14 +205,18 @@ def run_chains(chains: Sequence[Chain], grads: Sequence[Sequence[Tensor]]) -> li
 
     A transform that sums over all tensors waits until every chain that holds it has come to it.
     """
-    values = [list(group) for group in grads]
+    values = [
+        [widen(grad) for grad in group] if chain else list(group)
+        for group, chain in zip(grads, chains, strict=True)
+    ]
     rest = [list(chain) for chain in chains]
     while any(rest):
         for group, chain in zip(values, rest, strict=True):
             while chain and getattr(chain[0], "over", None) != "all":
                 function = chain.pop(0)
-                group[:] = [call_function(function, grad) for grad in group]
-        heads = [f for chain in rest for f in chain[:1] if isinstance(f, Transform)]
+                for i, grad in enumerate(group):  # one by one, so that each old one is freed
+                    group[i] = call_function(function, grad)
+        heads = {f: None for chain in rest for f in chain[:1] if isinstance(f, Transform)}
         ready = [f for f in heads if all(f not in chain[1:] for chain in rest if chain[:1] != [f])]
         if heads and not ready:
             raise ValueError("transforms over all tensors stand in a different order in two groups")
@@ -226,9 +237,14 @@ def require(valid: bool, what: str, value: Any) -> None:
 
 def check_types(group: Group) -> None:
     """Refuse options of a kind that would fail in the middle of a step."""
-    for name in ("lr", "weight_decay"):
-        if not isinstance(group[name], Real | Tensor):
-            raise TypeError(f"{name} must be a number, not {type(group[name]).__name__}")
+    numbers: Group = {name: group[name] for name in ("lr", "weight_decay", "eps") if name in group}
+    betas = group.get("betas", ())
+    if not isinstance(betas, tuple | list):
+        raise TypeError(f"betas must be a tuple of numbers, not {betas!r}")
+    numbers.update((f"betas[{i}]", beta) for i, beta in enumerate(betas))
+    for name, value in numbers.items():
+        if not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} must be a number, not {value!r}")
     dtype = group["state_dtype"]
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"Invalid state_dtype: {dtype}; use None or a floating-point torch.dtype")
@@ -247,7 +263,7 @@ def check_options(group: Group) -> None:
     for i, beta in enumerate(group.get("betas", ())):
         require(0.0 <= beta < 1.0, f"beta parameter at index {i}", beta)
     if group["foreach"]:
-        raise RuntimeError("foreach=True is not supported: leave it out (fused is the fast path)")
+        raise RuntimeError("foreach=True is not supported: leave it out")
     if group["fused"]:
         raise RuntimeError(
             "fused=True: this version of agrlib has no fast path; use fused=None or fused=False"
@@ -302,6 +318,15 @@ def name_transforms(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         group["transforms"] = str(group["transforms"])
 
 
+def refuse_other_decay(acts_on: str, saved: Group) -> None:
+    """Raise where torch's Adam saved the other kind of weight decay."""
+    decoupled = saved.get("decoupled_weight_decay")  # None in all other checkpoints
+    if saved.get("weight_decay") and (acts_on, decoupled) == ("gradient", True):
+        raise ValueError("the checkpoint was made with decoupled weight decay: load it into AdamW")
+    if saved.get("weight_decay") and (acts_on, decoupled) == ("parameter", False):
+        raise ValueError("the checkpoint was made with coupled weight decay: load it into Adam")
+
+
 def refuse_mismatch(group: Group, saved: Group, state: dict[int, Any]) -> None:
     """Raise where a saved group was made with other transforms or for other tensors."""
     chain, record = str(group["transforms"]), saved.get("transforms", "")
@@ -323,6 +348,7 @@ def refuse_mismatch(group: Group, saved: Group, state: dict[int, Any]) -> None:
 class RecordedOptimizer(Optimizer):
     """A torch optimizer whose checkpoints record the gradient transforms of each group."""
 
+    weight_decay_acts_on: str
     HOW_TO_RUN = ("foreach", "fused", "capturable", "differentiable")  # never from a checkpoint
 
     def state_dict(self) -> dict[str, Any]:
@@ -348,6 +374,7 @@ class RecordedOptimizer(Optimizer):
         def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
             for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
                 refuse_mismatch(group, saved, final["state"])
+                refuse_other_decay(self.weight_decay_acts_on, saved)
             loaded.update(final)
 
         def copy_state(optimizer: Optimizer) -> None:
@@ -388,16 +415,23 @@ class GradientMethod(RecordedOptimizer):
 
     A subclass says which rule updates a group, with which state, and what the rule's scalars are:
     `update_rule` and `scalars`. A rule is a pure function in plain arithmetic without number
-    literals, ``(grad, param, *state, *scalars) -> (param, *state)``.
+    literals, ``(grad, param, *state, *scalars) -> (param, *state)``. It sees real tensors of one or
+    more dimensions, float32 for half-precision parameters; its state starts at zero.
+
+    Three class attributes say the rest: `counts_steps`, whether the state holds torch's "step"
+    (True); `number_of_betas`, how many `betas` has if the method has any (2); and
+    `weight_decay_acts_on`, "gradient" for coupled decay, "parameter" for decoupled decay, "rule" if
+    the rule decays the parameter itself ("gradient").
 
     Args:
         params: parameters, named parameters or parameter groups, as torch.optim takes them. A group
             may hold its own value of every option, `transforms` included.
         defaults: the method's own options; "lr" and "weight_decay" must be among them.
-        transforms: gradient transforms, applied left to right before the rule.
+        transforms: gradient transforms, applied left to right before the rule. Checkpoints record
+            their names, so give different functions different names.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility with torch.optim; None or False.
-        fused: None or False run the rule on tensors; True asks for the fast path.
+        fused: None or False run the rule on tensors; True is refused until there is a fast path.
         capturable: keep `step` on the parameter's device, so that a step never waits for it.
         differentiable: let autograd record the step.
         state_dtype: floating-point type of the state; None takes the parameter's.
@@ -427,13 +461,13 @@ class GradientMethod(RecordedOptimizer):
     Source: chapter "The anatomy of an optimizer".
     """
 
-    counts_steps = True  # whether the state holds torch's "step"
+    counts_steps = True
     number_of_betas = 2
-    weight_decay_acts_on = "gradient"  # or "parameter" (decoupled), or "rule" (it decays itself)
+    weight_decay_acts_on = "gradient"
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         defaults: Group,
         *,
         transforms: Iterable[Callable[[Tensor], Tensor]] = (),
@@ -455,6 +489,8 @@ class GradientMethod(RecordedOptimizer):
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
         )
+        if self.weight_decay_acts_on not in ("gradient", "parameter", "rule"):
+            raise ValueError(f"Invalid weight_decay_acts_on: {self.weight_decay_acts_on!r}")
         super().__init__(params, {**defaults, **shared})
 
     def add_param_group(self, param_group: Group) -> None:
@@ -503,10 +539,12 @@ class GradientMethod(RecordedOptimizer):
             for group, params in zip(self.param_groups, ready, strict=True):
                 self._check_step(group, params)
             chains = [group["transforms"] for group in self.param_groups]
-            grads = run_chains(chains, [[widen(p.grad) for p in params] for params in ready])
+            grads = run_chains(chains, [[p.grad for p in params] for params in ready])
+            everything = (p for group in self.param_groups for p in group["params"])
+            index = {param: i for i, param in enumerate(everything)}
             for group, params, shaped in zip(self.param_groups, ready, grads, strict=True):
                 for param, grad in zip(params, shaped, strict=True):
-                    self._update(group, param, grad)
+                    self._update(group, param, grad, index[param])
         return loss
 
     def _check_step(self, group: Group, params: list[Tensor]) -> None:
@@ -520,13 +558,15 @@ class GradientMethod(RecordedOptimizer):
             group.setdefault("rounding_seed", torch.initial_seed())
         for param in params:
             dense(param.grad)  # type: ignore[arg-type]
+            if not (param.is_floating_point() or param.is_complex()):
+                raise RuntimeError(f"parameters of type {param.dtype} cannot be optimized")
             if self.defaults["differentiable"] and param.is_leaf and param.requires_grad:
                 raise RuntimeError(
                     "differentiable=True cannot overwrite a leaf that requires grad: "
                     "optimize a clone of it, so that autograd can record the step"
                 )
 
-    def _update(self, group: Group, param: Tensor, grad: Tensor) -> None:
+    def _update(self, group: Group, param: Tensor, grad: Tensor, index: int) -> None:
         """Run the rule on one parameter and store what it returns."""
         rule, keys = self.update_rule(group)
         state = self.state.get(param, {})
@@ -541,16 +581,22 @@ class GradientMethod(RecordedOptimizer):
         value = as_real(widen(param))
         if self.defaults["differentiable"]:
             value = value.clone()  # autograd may need it after the parameter is overwritten
-        grad = as_real(-grad if group["maximize"] else grad)
+        grad = as_real(widen(-grad if group["maximize"] else grad))
         if self.weight_decay_acts_on == "gradient" and group["weight_decay"] != 0:
             grad = decay_gradient(grad, value, group["weight_decay"])
         if self.weight_decay_acts_on == "parameter" and group["weight_decay"] != 0:
             value = decay_parameter(value, lr * group["weight_decay"])
         inputs = [as_real(tensor).to(value.dtype) for tensor in old]
-        value, *outputs = rule(grad, value, *inputs, *self.scalars(group, lr, step))
+        result = rule(grad, value, *inputs, *self.scalars(group, lr, step))
+        if not isinstance(result, tuple) or len(result) != 1 + len(keys):
+            names = ", ".join(("param", *keys))
+            raise TypeError(f"rule {rule.__name__} must return the tuple ({names})")
 
+        value, *outputs = result
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            value = round_stochastically(value, self._rounding_seed(group, param, count))
+            assert count is not None
+            seed = f"{group['rounding_seed']} {int(count)} {index}"  # the same after resuming
+            value = round_stochastically(value, random.Random(seed).getrandbits(63))
         for key, tensor, output in zip(keys, old, outputs, strict=True):
             new = like(output, tensor)
             state[key] = new if self.defaults["differentiable"] else tensor.copy_(new)
@@ -572,23 +618,18 @@ class GradientMethod(RecordedOptimizer):
             return count, 1 if any(state.get(key) is None for key in keys) else 2
         return count, count.double() if group["capturable"] else count.item()
 
-    def _rounding_seed(self, group: Group, param: Tensor, count: Tensor | None) -> int:
-        """A seed of this parameter at this step, the same after a checkpoint is loaded."""
-        assert count is not None
-        everything = (p for g in self.param_groups for p in g["params"])
-        index = next(i for i, p in enumerate(everything) if p is param)
-        return random.Random(f"{group['rounding_seed']} {int(count)} {index}").getrandbits(63)
-
 
 class Attachment:
     """The handle that `attach` returns: `remove()` ends the attachment."""
 
     def __init__(self, optimizer: Optimizer, transforms: Iterable[Callable[[Tensor], Tensor]]):
+        if not hasattr(optimizer, "param_groups"):  # a class, a scheduler, a module
+            raise TypeError(f"attach takes an optimizer, not {optimizer!r}")
         present = getattr(optimizer.step, "attachment", None)
         if present is not None and present.active:
             raise RuntimeError("this optimizer has transforms attached: remove() them first")
         self.chain, self.optimizer, self.active = Chain.of(transforms), optimizer, True
-        self._raw: list[tuple[Tensor, Tensor]] = []
+        self._raw: list[tuple[Tensor, Tensor, Tensor]] = []
         inner = optimizer.step
 
         @functools.wraps(inner)  # keeps the marks that learning-rate schedulers look for
@@ -636,14 +677,19 @@ class Attachment:
         params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
         raw = [dense(p.grad) for p in params]
         with torch.set_grad_enabled(bool(self.optimizer.defaults.get("differentiable"))):
-            [shaped] = run_chains([self.chain], [[widen(grad) for grad in raw]])
-        self._raw = list(zip(params, raw, strict=True))
-        for param, grad, old in zip(params, shaped, raw, strict=True):
-            param.grad = grad.to(old.dtype)
+            [shaped] = run_chains([self.chain], [raw])
+            shaped = [
+                grad.clone() if grad is old else grad.to(old.dtype)  # the step may write to it
+                for grad, old in zip(shaped, raw, strict=True)
+            ]
+        self._raw = list(zip(params, raw, shaped, strict=True))
+        for param, _, grad in self._raw:
+            param.grad = grad
 
     def _restore(self) -> None:
-        for param, grad in self._raw:
-            param.grad = grad
+        for param, raw, shaped in self._raw:
+            if param.grad is shaped:  # or else a hook of the step has dropped it: zero_grad
+                param.grad = raw
         self._raw = []
 
 
@@ -651,8 +697,9 @@ def attach(optimizer: Optimizer, transforms: Iterable[Callable[[Tensor], Tensor]
     """Let any torch optimizer see transformed gradients.
 
     Around every `step`, each `p.grad` is replaced by chain(p.grad) and put back afterwards, also
-    when the step raises and when the step takes a closure. A copy or a pickle of the optimizer does
-    not carry the attachment, nor does its checkpoint.
+    when the step raises and when the step takes a closure. Hooks of the step see the transformed
+    gradients. A copy or a pickle of the optimizer does not carry the attachment, nor does its
+    checkpoint.
 
     Args:
         optimizer: a torch.optim.Optimizer, whether or not a scheduler was made for it already.

@@ -389,3 +389,38 @@ def test_differentiable():
         return param
 
     assert torch.autograd.gradcheck(trained, [start.detach().clone().requires_grad_()])
+
+
+def test_a_gradient_that_a_hook_of_the_step_drops_stays_dropped():
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    agrlib.attach(optimizer, [lambda grad: grad])
+    optimizer.register_step_post_hook(lambda optimizer, args, kwargs: optimizer.zero_grad())
+    for _ in range(3):
+        param.sum().backward()
+        optimizer.step()
+    assert param.tolist() == [-3.0, -3.0] and param.grad is None
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_step_that_writes_the_gradient_writes_a_copy(size):
+    class Writing(torch.optim.SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["params"][0].grad.mul_(10)
+
+    param = torch.nn.Parameter(torch.zeros(size))
+    param.grad = torch.ones(size)
+    optimizer = Writing([param], lr=1.0)
+    agrlib.attach(optimizer, [agrlib.agr])
+    optimizer.step()
+    assert param.grad.tolist() == [1.0] * size
+
+
+def test_only_optimizers_are_attached_to():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    before = torch.optim.SGD.step
+    for wrong in (torch.optim.SGD, scheduler, None):
+        with pytest.raises(TypeError, match="takes an optimizer"):
+            agrlib.attach(wrong, [agrlib.agr])
+    assert torch.optim.SGD.step is before

@@ -404,3 +404,17 @@ def test_a_hook_after_loading_has_the_last_word():
     assert kinds == {torch.float32}, "the hook sees the state as it will be"
     assert all((state["exp_avg"] == 0).all() for state in optimizer.state.values())
     assert any((state["exp_avg_sq"] != 0).any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("cls, decoupled", [(agrlib.Adam, True), (agrlib.AdamW, False)])
+def test_the_other_kind_of_weight_decay_is_refused(cls, decoupled):
+    param = torch.nn.Parameter(torch.ones(2))
+    saved = torch.optim.Adam([param], weight_decay=0.1).state_dict()
+    saved["param_groups"][0]["decoupled_weight_decay"] = decoupled  # as torch 2.7 and later save it
+    optimizer = cls([param], lr=0.5)
+    with pytest.raises(ValueError, match="coupled weight decay: load it into Adam"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    saved["param_groups"][0]["decoupled_weight_decay"] = not decoupled
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1

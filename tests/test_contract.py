@@ -816,3 +816,56 @@ def test_every_option_changes_a_number(cls):
         assert any(seen), f"{key} changes nothing"
         if key not in ("dampening", "state_dtype"):  # without momentum there is no buffer
             assert all(seen), f"{key} changes nothing in one of the variants"
+
+
+@every
+def test_integer_parameters_are_refused(entry):
+    whole = torch.ones(3, dtype=torch.int64)
+    whole.grad = torch.ones(3, dtype=torch.int64)
+    optimizer = entry.cls([whole], **entry.kwargs)
+    with pytest.raises(RuntimeError, match="int64 cannot be optimized"):
+        optimizer.step()
+    assert whole.tolist() == [1, 1, 1] and not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "options", [dict(eps="1e-8"), dict(betas=0.9), dict(betas=("0.9", 0.99)), dict(lr=None)]
+)
+def test_options_that_are_no_numbers_are_named(options):
+    [name] = options
+    with pytest.raises(TypeError, match=f"{name}.* must be"):
+        agrlib.Adam([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "agr", agrlib.agr, {agrlib.agr}, {}])
+def test_transforms_must_be_a_list(wrong):
+    with pytest.raises(TypeError, match=r"takes a list of functions, like \[agr\]"):
+        agrlib.SGD([torch.nn.Parameter(torch.ones(1))], transforms=wrong)
+
+
+@pytest.mark.parametrize("result", [lambda param: param, lambda param: (param, param, param)])
+def test_a_rule_that_returns_the_wrong_things_is_named(result):
+    def faulty(grad, param, memory, lr):
+        return result(param)
+
+    class Faulty(agrlib.GradientMethod):
+        def update_rule(self, group):
+            return faulty, ("memory",)
+
+        def scalars(self, group, lr, step):
+            return (lr,)
+
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    optimizer = Faulty([param], dict(lr=1.0, weight_decay=0.0))
+    with pytest.raises(TypeError, match=r"rule faulty must return the tuple \(param, memory\)"):
+        optimizer.step()
+    assert param.tolist() == [1.0, 1.0] and not optimizer.state
+
+
+def test_a_misspelt_kind_of_weight_decay_is_refused():
+    class Misspelt(agrlib.SGD):
+        weight_decay_acts_on = "params"
+
+    with pytest.raises(ValueError, match="weight_decay_acts_on: 'params'"):
+        Misspelt([torch.nn.Parameter(torch.ones(1))])

@@ -1,6 +1,7 @@
 """The transform protocol, `agr`, and how chains run in a step."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -255,3 +256,18 @@ def test_a_user_transform_sees_float32_for_half_precision_and_no_graph():
         step(agrlib.SGD([param], lr=1.0, transforms=[look]), [torch.ones(3, dtype=dtype)])
     wide = [torch.float64, torch.float32, torch.float32, torch.float32]
     assert seen == [(dtype, False, False) for dtype in wide]
+
+
+def test_a_transform_of_a_partial_is_copied():
+    halve = agrlib.Transform(functools.partial(torch.mul, 0.5), name="halve")
+    assert copy.deepcopy(halve)(torch.ones(1)).item() == 0.5
+    assert repr(agrlib.Transform(functools.partial(torch.mul, 0.5))) == "partial"
+
+
+def test_a_complex_result_for_a_real_gradient_is_refused():
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    optimizer = agrlib.SGD([param], transforms=[lambda grad: grad * 1j])
+    with pytest.raises(TypeError, match="real gradient into a complex one"):
+        optimizer.step()
+    assert param.tolist() == [1.0, 1.0]
