@@ -57,7 +57,11 @@ def test_agr_equals_the_oracle(data, shape, dtype):
     assert bits(grad) == raw
     assert (result.shape, result.dtype) == (grad.shape, grad.dtype)
     reference = torch.from_numpy(np.array(reference)).to(dtype)
-    agree(result, reference, FLOATS[dtype][1], 4 * torch.finfo(dtype).smallest_normal * 2**-7)
+    smallest = 4 * torch.finfo(dtype).smallest_normal * 2**-7
+    # 1 - share is rounded in units of 1: of an entry of share 1 - 1e-9 no digit need be right
+    rounding = 4 * np.finfo(wide).eps * grad.double().abs().nan_to_num(0, 0, 0)
+    near = (result.double() - reference.double()).abs() <= rounding
+    agree(result.where(~near, reference), reference, FLOATS[dtype][1], smallest)
 
 
 @quick
