@@ -177,8 +177,10 @@ def test_transforms_are_copied_and_pickled_by_name_or_by_value():
 
 
 def test_a_chain_runs_left_to_right():
+    def plus(grad):
+        return grad + 1
+
     grad = torch.tensor([3.0, -1.0, 4.0])
-    plus = lambda g: g + 1  # noqa: E731
     results = []
     for chain in ([agr, plus], [plus, agr]):
         param = torch.nn.Parameter(torch.zeros(3))
