@@ -2,20 +2,38 @@
 
 from importlib.metadata import version
 
+from agrlib.adagrad import Adagrad
 from agrlib.adam import Adam, AdamW
+from agrlib.adan import Adan
+from agrlib.amsgrad import AMSGrad
+from agrlib.centralization import centralize
+from agrlib.clipping import clip_global_norm, clip_norm, clip_value
+from agrlib.normalization import normalize
 from agrlib.optimizer import Attachment, GradientMethod, Transform, attach, transform
+from agrlib.padam import Padam
 from agrlib.regularization import agr
+from agrlib.rmsprop import RMSprop
 from agrlib.sgd import SGD
 
 __all__ = [
     "SGD",
+    "AMSGrad",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adan",
     "Attachment",
     "GradientMethod",
+    "Padam",
+    "RMSprop",
     "Transform",
     "agr",
     "attach",
+    "centralize",
+    "clip_global_norm",
+    "clip_norm",
+    "clip_value",
+    "normalize",
     "transform",
 ]
 __version__ = version("agrlib")

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, maximum, sqrt
+from torch import Tensor, sqrt
 from torch.optim.optimizer import ParamsT
 
+from agrlib.amsgrad import amsgrad
 from agrlib.optimizer import GradientMethod, Group
 
 
@@ -19,27 +20,6 @@ def adam(grad, param, exp_avg, exp_avg_sq, beta1, weight1, beta2, weight2, step_
     exp_avg_sq = beta2 * exp_avg_sq + weight2 * (grad * grad)  # (adam-v)
     denom = sqrt(exp_avg_sq) / root2 + eps
     return param - step_size * (exp_avg / denom), exp_avg, exp_avg_sq  # (adam-step)
-
-
-def adam_amsgrad(
-    grad,
-    param,
-    exp_avg,
-    exp_avg_sq,
-    max_exp_avg_sq,
-    beta1,
-    weight1,
-    beta2,
-    weight2,
-    step_size,
-    root2,
-    eps,
-):
-    exp_avg = beta1 * exp_avg + weight1 * grad
-    exp_avg_sq = beta2 * exp_avg_sq + weight2 * (grad * grad)
-    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)  # (adam-max)
-    denom = sqrt(max_exp_avg_sq) / root2 + eps
-    return param - step_size * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 class Adam(GradientMethod):
@@ -117,7 +97,7 @@ class Adam(GradientMethod):
 
     def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
         if group["amsgrad"]:
-            return adam_amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+            return amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         return adam, ("exp_avg", "exp_avg_sq")
 
     def scalars(self, group: Group, lr: Any, step: Any) -> tuple[Any, ...]:

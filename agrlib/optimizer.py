@@ -416,7 +416,8 @@ class GradientMethod(RecordedOptimizer):
     A subclass says which rule updates a group, with which state, and what the rule's scalars are:
     `update_rule` and `scalars`. A rule is a pure function in plain arithmetic without number
     literals, ``(grad, param, *state, *scalars) -> (param, *state)``. It sees real tensors of one or
-    more dimensions, float32 for half-precision parameters; its state starts at zero.
+    more dimensions, float32 for half-precision parameters; its state starts at zero, or where
+    `initial_value` says.
 
     Three class attributes say the rest: `counts_steps`, whether the state holds torch's "step"
     (True); `number_of_betas`, how many `betas` has if the method has any (2); and
@@ -517,6 +518,10 @@ class GradientMethod(RecordedOptimizer):
         """Return the rule's scalars for the given step, counted from 1, in double precision."""
         raise NotImplementedError
 
+    def initial_value(self, group: Group, key: str) -> float:
+        """Return the number that a state tensor is filled with before the first step."""
+        return 0.0
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -570,9 +575,8 @@ class GradientMethod(RecordedOptimizer):
         """Run the rule on one parameter and store what it returns."""
         rule, keys = self.update_rule(group)
         state = self.state.get(param, {})
-        dtype = state_dtype(group, param)
         old = [
-            torch.zeros_like(param, dtype=dtype) if state.get(key) is None else state[key]
+            self._first_state(group, param, key) if state.get(key) is None else state[key]
             for key in keys
         ]
         count, step = self._next_step(group, param, state, keys)
@@ -605,6 +609,12 @@ class GradientMethod(RecordedOptimizer):
         if state:
             self.state[param] = state
         param.copy_(like(value, param))
+
+    def _first_state(self, group: Group, param: Tensor, key: str) -> Tensor:
+        """Make a state tensor; torch fills both parts of a complex one."""
+        value = self.initial_value(group, key)
+        filling = complex(value, value) if param.is_complex() else value
+        return torch.full_like(param, filling, dtype=state_dtype(group, param))
 
     def _next_step(
         self, group: Group, param: Tensor, state: Group, keys: tuple[str, ...]
