@@ -32,8 +32,8 @@ def adan(
     diff_size,
     root3,
     eps,
-    decay,
-    shrink,
+    keep,
+    growth,
 ):
     diff = not_first * (grad - prev_grad)  # (adan-diff)
     ahead = grad + beta2 * diff  # (adan-ahead)
@@ -42,8 +42,8 @@ def adan(
     exp_avg_sq = beta3 * exp_avg_sq + weight3 * (ahead * ahead)  # (adan-v)
     denom = sqrt(exp_avg_sq) / root3 + eps
     update = (step_size * exp_avg + diff_size * exp_avg_diff) / denom
-    param = param - decay * param - update  # (adan-step)
-    return param - shrink * param, exp_avg, exp_avg_diff, exp_avg_sq, grad  # (adan-prox)
+    param = (keep * param - update) / growth  # (adan-step)
+    return param, exp_avg, exp_avg_diff, exp_avg_sq, grad
 
 
 class Adan(GradientMethod):
@@ -125,5 +125,5 @@ class Adan(GradientMethod):
         weights = beta1, 1 - beta1, beta2, 1 - beta2, beta3, 1 - beta3
         step_size, diff_size = lr / (1 - beta1**step), lr * beta2 / (1 - beta2**step)
         root3, rate = (1 - beta3**step) ** 0.5, lr * group["weight_decay"]
-        decay, shrink = (rate, 0.0) if group["no_prox"] else (0.0, rate / (1 + rate))
-        return *weights, (step > 1) * 1.0, step_size, diff_size, root3, group["eps"], decay, shrink
+        keep, growth = (1 - rate, 1.0) if group["no_prox"] else (1.0, 1 + rate)  # (adan-prox)
+        return *weights, (step > 1) * 1.0, step_size, diff_size, root3, group["eps"], keep, growth

@@ -24,7 +24,8 @@ def centralize(grad, total):
 
         g_ij <- g_ij - (1 / M) * sum_k g_ik
 
-    Tensors with fewer than two axes, such as biases, are returned as they are.
+    Tensors with fewer than two axes, such as biases, are returned as they are. A row of one entry
+    becomes 0, so the weight of a layer with one input would not move: give it a group of its own.
 
     Args:
         grad: a gradient of any shape and any floating-point or complex type.

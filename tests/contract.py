@@ -1,5 +1,6 @@
 """The list that a new optimizer joins with one line, and the helpers of the tests that run it."""
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable
@@ -13,6 +14,12 @@ import agrlib
 
 SHAPES = [(3, 4), (5,), (2, 3, 2, 2), (), (1,), (0,)]
 DIRECTIONS = dict(betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
+AVERAGE = dict(alpha=0.9, eps=1e-3, weight_decay=0.1)
+THREE = dict(betas=(0.8, 0.7, 0.95), eps=1e-3, weight_decay=0.1)
+
+
+# What torch has under another name.
+TWINS = {agrlib.AMSGrad: functools.partial(torch.optim.Adam, amsgrad=True)}
 
 
 class Entry(NamedTuple):
@@ -22,8 +29,8 @@ class Entry(NamedTuple):
 
     @property
     def twin(self) -> Any:
-        """The class of the same name in torch.optim, where it takes the same options."""
-        cls = getattr(torch.optim, self.cls.__name__, None)
+        """Torch's version of the method, where there is one that takes the same options."""
+        cls = TWINS.get(self.cls) or getattr(torch.optim, self.cls.__name__, None)
         known = set(inspect.signature(cls).parameters) if cls else set()
         return cls if set(self.kwargs) <= known else None
 
@@ -37,12 +44,44 @@ OPTIMIZERS = [
         dict(lr=0.03, momentum=0.8, dampening=0.3, weight_decay=0.1),
     ),
     Entry("SGD-nesterov", agrlib.SGD, dict(lr=0.03, momentum=0.8, nesterov=True, weight_decay=0.1)),
+    Entry(
+        "Adagrad",
+        agrlib.Adagrad,
+        dict(lr=0.1, lr_decay=0.01, weight_decay=0.1, initial_accumulator_value=0.25, eps=1e-3),
+    ),
+    Entry("RMSprop", agrlib.RMSprop, dict(lr=0.03, **AVERAGE)),
+    Entry("RMSprop-momentum", agrlib.RMSprop, dict(lr=0.005, momentum=0.7, **AVERAGE)),
+    Entry("RMSprop-centered", agrlib.RMSprop, dict(lr=0.02, centered=True, **AVERAGE)),
+    Entry(
+        "RMSprop-centered-momentum",
+        agrlib.RMSprop,
+        dict(lr=0.02, momentum=0.7, centered=True, **AVERAGE),
+    ),
     Entry("Adam", agrlib.Adam, dict(lr=0.02, **DIRECTIONS)),
     Entry("Adam-amsgrad", agrlib.Adam, dict(lr=0.02, amsgrad=True, **DIRECTIONS)),
     Entry("Adam-plain", agrlib.Adam, dict(lr=0.02, bias_correction=False, **DIRECTIONS)),
     Entry("AdamW", agrlib.AdamW, dict(lr=0.02, **DIRECTIONS)),
     Entry("AdamW-amsgrad", agrlib.AdamW, dict(lr=0.02, amsgrad=True, **DIRECTIONS)),
     Entry("AdamW-plain", agrlib.AdamW, dict(lr=0.02, bias_correction=False, **DIRECTIONS)),
+    Entry("AMSGrad", agrlib.AMSGrad, dict(lr=0.02, **DIRECTIONS)),
+    Entry("AMSGrad-plain", agrlib.AMSGrad, dict(lr=0.02, bias_correction=False, **DIRECTIONS)),
+    Entry("Padam", agrlib.Padam, dict(lr=0.05, partial=1 / 8, **DIRECTIONS)),
+    Entry(
+        "Padam-plain",
+        agrlib.Padam,
+        dict(lr=0.05, partial=0.4, bias_correction=False, **DIRECTIONS),
+    ),
+    Entry("Adan", agrlib.Adan, dict(lr=0.02, **THREE)),
+    Entry("Adan-no-prox", agrlib.Adan, dict(lr=0.02, no_prox=True, **THREE)),
+]
+# Every transform of the library; those that take a bound, with one.
+TRANSFORMS = [
+    agrlib.clip_value(0.7),
+    agrlib.clip_norm(1.1),
+    agrlib.clip_global_norm(2.3),
+    agrlib.normalize,
+    agrlib.centralize,
+    agrlib.agr,
 ]
 every = pytest.mark.parametrize("entry", OPTIMIZERS, ids=lambda entry: entry.name)
 twins = pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """Break each exported rule of each chapter in turn, and see the chapter's notebook fail.
 
 A rule is a function in an exported cell whose first parameter is `grad`, `param` or `total` and
-which has no annotations. It is broken twice: by a sign, and by a constant (1.01 times a value). The
-notebook test must then miss at least three of the outputs that it compares; the cell that compares
-the rule's text with the module's does not count.
+which has no annotations. It is broken by a sign, by a constant (1.01 times a value) and, if it has
+them, by the loss of its maximum and of its exponent. The notebook test must then miss at least
+three of the outputs that it compares; the cell that compares the rule's text with the module's does
+not count.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,15 +106,38 @@ def other_constant(source: str, rule: ast.FunctionDef) -> str:
     return replace(source, value, f"1.01 * ({ast.unparse(value)})")
 
 
+def without(source: str, rule: ast.FunctionDef, name: str, kept: int) -> str | None:
+    """Put one argument in the place of the first call of that name; None if there is no call.
+
+    Example:
+        >>> cell = "def f(grad, old): return maximum(old, grad)"
+        >>> without(cell, next(rules(cell)), "maximum", 1)
+        'def f(grad, old): return grad'
+    """
+    for node in ast.walk(rule):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+            return replace(source, node, f"{ast.unparse(node.args[kept])}")
+    return None
+
+
+WAYS: dict[str, Callable[[str, ast.FunctionDef], str | None]] = {
+    "sign": other_sign,
+    "constant": other_constant,
+    "no maximum": partial(without, name="maximum", kept=1),
+    "no exponent": partial(without, name="power", kept=0),
+}
+
+
 def mutants(pair: Path) -> list[Mutant]:
     """Return the mutants of a chapter, the control first; none if it exports no rule."""
     found = []
     for number, cell in enumerate(nbformat.read(pair, 4).cells):
         if cell.cell_type == "code" and "export" in cell.metadata.get("tags", []):
             for rule in rules(cell.source):
-                for way, mutate in (("sign", other_sign), ("constant", other_constant)):
-                    title = f"{pair.stem}.{rule.name}, {way}"
-                    found.append(Mutant(pair, number, mutate(cell.source, rule), title))
+                for way, mutate in WAYS.items():
+                    if (broken := mutate(cell.source, rule)) is not None:
+                        title = f"{pair.stem}.{rule.name}, {way}"
+                        found.append(Mutant(pair, number, broken, title))
     control = Mutant(pair, -1, "", f"{pair.stem}, nothing changed")
     return [control, *found] if found else []
 
