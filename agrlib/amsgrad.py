@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, maximum, sqrt
 from torch.optim.optimizer import ParamsT
 
-from agrlib.optimizer import GradientMethod, Group
+from agrlib.optimizer import GradientMethod, Group, require
 
 
 def amsgrad(
@@ -98,6 +98,7 @@ class AMSGrad(GradientMethod):
                 eps=eps,
                 weight_decay=weight_decay,
                 bias_correction=bias_correction,
+                amsgrad=True,  # so that torch's Adam loads the checkpoint as what it is
             ),
             transforms=transforms,
             maximize=maximize,
@@ -108,6 +109,10 @@ class AMSGrad(GradientMethod):
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
         )
+
+    def check(self, group: Group) -> None:
+        super().check(group)
+        require(group["amsgrad"] is True, "amsgrad value, take Adam to switch it off", False)
 
     def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
         return amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -40,7 +40,7 @@ def checked_bound(name: str, bound: float) -> float:
 def clip_value(bound: float) -> Transform:
     """Clip each entry of a gradient to the interval [-bound, bound].
 
-    ``g_i <- max(-bound, min(g_i, bound))``, as torch.nn.utils.clip_grad_value_ does. The direction
+    ``g_i <- max(-bound, min(g_i, bound))``, as ``torch.nn.utils.clip_grad_value_`` does. The direction
     of the gradient changes. NaN stays NaN. Real gradients only.
 
     Args:
@@ -67,7 +67,7 @@ def clip_value(bound: float) -> Transform:
 def clip_norm(bound: float) -> Transform:
     """Scale a gradient down to the given 2-norm, tensor by tensor.
 
-    ``g <- g * min(1, bound / (||g|| + 1e-6))``, the form of torch.nn.utils.clip_grad_norm_ with
+    ``g <- g * min(1, bound / (||g|| + 1e-6))``, the form of ``torch.nn.utils.clip_grad_norm_`` with
     ``error_if_nonfinite=False``: an infinite norm makes zeros of the finite entries and NaN of the
     infinite ones, a NaN makes all NaN.
 
@@ -105,7 +105,7 @@ def clip_global_norm(bound: float) -> Transform:
 
     ``g <- g * min(1, bound / (norm + 1e-6))``, where the norm covers every tensor of the optimizer
     whose chain holds this transform, at its place in the chain. The form, also for norms that are
-    not finite, is that of torch.nn.utils.clip_grad_norm_ with ``error_if_nonfinite=False``.
+    not finite, is that of ``torch.nn.utils.clip_grad_norm_`` with ``error_if_nonfinite=False``.
 
     Args:
         bound: the largest joint norm, at least 0, in units of the gradient.
