@@ -20,6 +20,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import agrlib
 from agrlib import experiment
@@ -51,7 +52,8 @@ PROTOCOL: dict[str, Any] = dict(
     data="scikit-learn's digits, cut as in agrlib.experiment.load_digits",
     model="agrlib.experiment.mlp(): 64-64-64-10, ReLU",
     batch_size=64,
-    epochs=60,
+    epochs=40,
+    schedule="cosine: the step size falls to 0 over all epochs, once per epoch",
     step_sizes=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0],
     tuning_seeds=[100, 101],
     tuned_by="smallest mean validation loss after the last epoch",
@@ -74,48 +76,46 @@ def provenance() -> dict[str, Any]:
     )
 
 
-def builder(rule: str, transform: str, lr: float) -> Callable[..., torch.optim.Optimizer]:
-    """Return what makes the optimizer of a cell from a model's parameters."""
-    return lambda params: RULES[rule](params, lr=lr, transforms=TRANSFORMS[transform])
-
-
-def final_run(
+def run(
     rule: str, transform: str, lr: float, seed: int, data: experiment.Data, protocol: dict[str, Any]
 ) -> dict[str, Any]:
     """Train once and measure on the test part; losses in nats, accuracy as a share."""
     experiment.seed_everything(seed)
     model = experiment.mlp()
-    optimizer = builder(rule, transform, lr)(model.parameters())
+    optimizer = RULES[rule](model.parameters(), lr=lr, transforms=TRANSFORMS[transform])
+    schedule = CosineAnnealingLR(optimizer, protocol["epochs"])
     history = experiment.train(
-        model, data, optimizer, protocol["epochs"], protocol["batch_size"], seed
+        model, data, optimizer, protocol["epochs"], protocol["batch_size"], seed, schedule
     )
     loss, accuracy = experiment.evaluate(model, data.test)
-    finite = [[v if math.isfinite(v) else None for v in curve] for curve in vars(history).values()]
-    train_loss, valid_loss, _ = ([v and float(f"{v:.6g}") for v in curve] for curve in finite)
     return dict(
         seed=seed,
-        train_loss=train_loss,
-        valid_loss=valid_loss,
-        test_loss=float(f"{loss:.6g}") if math.isfinite(loss) else None,
-        test_accuracy=round(accuracy, 6),
+        train_loss=[short(value) for value in history.train_loss],
+        valid_loss=[short(value) for value in history.valid_loss],
+        test_loss=short(loss),
+        test_accuracy=short(accuracy),
     )
+
+
+def short(value: float) -> float | None:
+    """Round to six digits; None where the number is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def cell(
     rule: str, transform: str, data: experiment.Data, protocol: dict[str, Any]
 ) -> dict[str, Any]:
     """Tune the step size of a rule with a transform and make the final runs."""
-    candidates = {lr: builder(rule, transform, lr) for lr in protocol["step_sizes"]}
-    lr = experiment.tune(
-        experiment.mlp,
-        candidates,
-        data,
-        protocol["tuning_seeds"],
-        protocol["epochs"],
-        protocol["batch_size"],
-    )
-    runs = [final_run(rule, transform, lr, seed, data, protocol) for seed in protocol["seeds"]]
-    return dict(rule=rule, transform=transform, lr=lr, runs=runs)
+
+    def runs(lr: float, seeds: list[int]) -> list[dict[str, Any]]:
+        return [run(rule, transform, lr, seed, data, protocol) for seed in seeds]
+
+    def score(lr: float) -> float:
+        ends = [trial["valid_loss"][-1] for trial in runs(lr, protocol["tuning_seeds"])]
+        return math.inf if None in ends else sum(ends)
+
+    best = min(protocol["step_sizes"], key=score)
+    return dict(rule=rule, transform=transform, lr=best, runs=runs(best, protocol["seeds"]))
 
 
 def load(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def measure(path: Path = RESULTS, protocol: dict[str, Any] = PROTOCOL) -> dict[s
                 results["cells"].append(cell(rule, transform, data, protocol))
                 results["provenance"] = provenance()
                 save(path, results)
-                print(f"{rule} with {transform}: lr {results['cells'][-1]['lr']}", flush=True)
+                print(f"{rule}, {transform}: lr {results['cells'][-1]['lr']}", flush=True)
     return results
 
 
