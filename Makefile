@@ -52,7 +52,7 @@ check: setup
 
 test: check
 	$(SAY) "pytest: library, tools, sources, doctests"
-	@$(PY) -m pytest -q -m 'not pages and not browser'
+	@$(PY) -m pytest -q -m 'not pages and not browser' -n 2 --dist loadfile
 	$(SAY) "nbval: execute every notebook and compare with the stored outputs"
 	@$(PY) -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=600 \
 		--nbval-sanitize-with=tests/sanitize.cfg -n 2 --dist loadfile book
