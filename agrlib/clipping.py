@@ -30,8 +30,8 @@ def scale(grad, factor):
 
 def checked_bound(name: str, bound: float) -> float:
     """Return a clipping bound as a float, or raise."""
-    if not isinstance(bound, Real):
-        raise TypeError(f"{name} takes a number, not {bound!r}")
+    if isinstance(bound, bool) or not isinstance(bound, Real):
+        raise TypeError(f"{name} takes a number, as in {name}(1.0), not {type(bound).__name__}")
     if not bound >= 0:
         raise ValueError(f"Invalid {name} bound: {bound}")
     return float(bound)

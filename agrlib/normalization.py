@@ -21,7 +21,8 @@ def norm(total, count, eps):
 def normalize(grad, total):
     """Divide a gradient by its 2-norm over the whole tensor.
 
-    ``g <- g / (||g|| + 1e-8)``: the direction stays, the length becomes 1. Zero stays zero.
+    ``g <- g / (||g|| + 1e-8)``: the direction stays, the length becomes 1, or less for a gradient
+    that is not much longer than 1e-8. Zero stays zero.
     Half-precision gradients are summed in float32.
 
     Args:

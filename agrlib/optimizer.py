@@ -315,26 +315,33 @@ def state_dtype(group: Group, param: Tensor) -> torch.dtype:
 def name_transforms(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Write the names of the transforms where torch has packed the functions."""
     for group in state_dict["param_groups"]:
-        group["transforms"] = str(group["transforms"])
+        group["transforms"] = str(Chain.of(group["transforms"]))
+        acts_on = getattr(optimizer, "weight_decay_acts_on", None)
+        if "betas" in group and acts_on in ("gradient", "parameter"):  # torch's mark for Adam
+            group["decoupled_weight_decay"] = acts_on == "parameter"
 
 
 def refuse_other_decay(acts_on: str, saved: Group) -> None:
-    """Raise where torch's Adam saved the other kind of weight decay."""
-    decoupled = saved.get("decoupled_weight_decay")  # None in all other checkpoints
+    """Raise where a checkpoint was made with the other kind of weight decay."""
+    decoupled = saved.get("decoupled_weight_decay")  # None in checkpoints that have no such mark
     if saved.get("weight_decay") and (acts_on, decoupled) == ("gradient", True):
         raise ValueError("the checkpoint was made with decoupled weight decay: load it into AdamW")
     if saved.get("weight_decay") and (acts_on, decoupled) == ("parameter", False):
         raise ValueError("the checkpoint was made with coupled weight decay: load it into Adam")
 
 
-def refuse_mismatch(group: Group, saved: Group, state: dict[int, Any]) -> None:
-    """Raise where a saved group was made with other transforms or for other tensors."""
-    chain, record = str(group["transforms"]), saved.get("transforms", "")
+def refuse_mismatch(i: int, group: Group, saved: Group, state: dict[int, Any]) -> None:
+    """Raise where a saved group was made by another method, with other transforms or tensors."""
+    numbers = [key for key, value in group.items() if isinstance(value, float | tuple)]
+    missing = [key for key in numbers if key not in saved and key != "transforms"]
+    if missing:
+        raise ValueError(f"the checkpoint is of another method: it has no {', '.join(missing)}")
+    chain, record = str(Chain.of(group["transforms"])), saved.get("transforms", "")
     if chain != record:
         raise ValueError(
-            f"the checkpoint was made with transforms [{record}], this optimizer has [{chain}]. "
-            f"To load it on purpose, first set group['transforms'] = {chain!r} in each group of "
-            "state_dict['param_groups']"
+            f"the checkpoint was made with transforms [{record}], this optimizer has [{chain}] in "
+            f"group {i}. To load it on purpose, first set "
+            f"state_dict['param_groups'][{i}]['transforms'] = {chain!r}"
         )
     for param, index in zip(group["params"], saved["params"], strict=False):
         for key, value in state.get(index, {}).items():
@@ -351,6 +358,10 @@ class RecordedOptimizer(Optimizer):
     weight_decay_acts_on: str
     HOW_TO_RUN = ("foreach", "fused", "capturable", "differentiable")  # never from a checkpoint
 
+    def check(self, group: Group) -> None:
+        """Raise for options that the method cannot work with."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does, with each group's transforms as one string."""
         handle = self.register_state_dict_post_hook(name_transforms, prepend=True)
@@ -362,19 +373,25 @@ class RecordedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class, or of its namesake in torch.optim.
 
+        AMSGrad takes those of torch's Adam with ``amsgrad=True``. A checkpoint of torch.optim
+        counts as made without transforms.
+
         Args:
             state_dict: what `state_dict()` returned; the optimizer copies its tensors.
 
         Raises:
-            ValueError: groups, shapes or transforms differ from this optimizer's. Nothing has been
-                loaded then.
+            ValueError: groups, shapes, options or transforms do not fit this optimizer. Nothing has
+                been loaded then.
         """
         loaded: dict[str, Any] = {}
 
         def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
-            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
-                refuse_mismatch(group, saved, final["state"])
+            groups = zip(self.param_groups, final["param_groups"], strict=False)
+            for i, (group, saved) in enumerate(groups):
+                refuse_mismatch(i, group, saved, final["state"])
                 refuse_other_decay(self.weight_decay_acts_on, saved)
+                kept = {key: group[key] for key in ("transforms", *self.HOW_TO_RUN)}
+                self.check({**group, **saved, **kept})
             loaded.update(final)
 
         def copy_state(optimizer: Optimizer) -> None:
@@ -399,6 +416,7 @@ class RecordedOptimizer(Optimizer):
         own = self.__dict__.get("param_groups", state["param_groups"])
         super().__setstate__(state)
         for group, old in zip(self.param_groups, own, strict=True):
+            group.pop("decoupled_weight_decay", None)  # the class says it
             for key, value in old.items():
                 if key in ("transforms", *self.HOW_TO_RUN):
                     group[key] = value
@@ -508,7 +526,8 @@ class GradientMethod(RecordedOptimizer):
         """Raise ValueError or RuntimeError for options that this method cannot work with."""
         check_options(group)
         if "betas" in group:
-            require(len(group["betas"]) == self.number_of_betas, "betas", group["betas"])
+            count = self.number_of_betas
+            require(len(group["betas"]) == count, f"betas, give {count} of them", group["betas"])
 
     def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
         """Return the rule and the names of the state tensors that it reads and writes."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract import (
     OPTIMIZERS,
+    Entry,
     bits,
     close,
     content,
@@ -14,6 +15,7 @@ from contract import (
     gradients,
     members,
     parameters,
+    run,
     same,
     step,
     train,
@@ -162,8 +164,8 @@ def test_other_transforms_are_refused_and_the_text_says_how_to_load_on_purpose(e
         refused(
             other,
             checkpoint,
-            rf"made with transforms \[agr\], this optimizer has {shown}",
-            "To load it on purpose.* group\\['transforms'\\] = ",
+            rf"made with transforms \[agr\], this optimizer has {shown} in group 0",
+            r"To load it on purpose.* state_dict\['param_groups'\]\[0\]\['transforms'\] = ",
         )
         for group in checkpoint["param_groups"]:  # as the text says
             group["transforms"] = ", ".join(f.__name__ for f in chain)
@@ -173,7 +175,7 @@ def test_other_transforms_are_refused_and_the_text_says_how_to_load_on_purpose(e
     two = entry.cls(groups, **entry.kwargs)
     record = saved(two.state_dict())
     plain = entry.cls([dict(params=params[:3]), dict(params=params[3:])], **entry.kwargs)
-    refused(plain, record, r"made with transforms \[sin\], this optimizer has \[\]")
+    refused(plain, record, r"made with transforms \[sin\], this optimizer has \[\] in group 1")
 
 
 @twins
@@ -418,3 +420,66 @@ def test_the_other_kind_of_weight_decay_is_refused(cls, decoupled):
     saved["param_groups"][0]["decoupled_weight_decay"] = not decoupled
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+DECAYS = [(agrlib.Adam, agrlib.AdamW), (agrlib.AdamW, agrlib.Adam), (agrlib.AdamW, agrlib.AMSGrad)]
+
+
+@pytest.mark.parametrize("made, loaded", DECAYS, ids=repr)
+def test_our_own_checkpoints_say_what_the_decay_acted_on(made, loaded):
+    entry = Entry("", made, dict(lr=0.1, weight_decay=0.1))
+    optimizer, _ = run(entry)
+    refused(loaded(parameters(), lr=0.5), saved(optimizer.state_dict()), "coupled weight decay")
+    twin = getattr(torch.optim, made.__name__)(parameters(), lr=0.5)
+    twin.load_state_dict(saved(optimizer.state_dict()))
+    optimizer.load_state_dict(saved(twin.state_dict()))
+    assert "decoupled_weight_decay" not in optimizer.param_groups[0]
+
+
+def test_a_checkpoint_of_another_method_is_refused():
+    for made, loaded, text in (
+        (agrlib.Adam, agrlib.SGD, "another method: it has no momentum, dampening"),
+        (agrlib.SGD, agrlib.Adam, "another method: it has no betas, eps"),
+        (agrlib.Adam, agrlib.Padam, "another method: it has no partial"),
+        (agrlib.Adan, agrlib.Adam, "give 2 of them"),
+        (torch.optim.AdamW, agrlib.Adan, "give 3 of them"),
+        (torch.optim.Adam, agrlib.AMSGrad, "take Adam to switch it off"),
+    ):
+        params = parameters()
+        optimizer = made(params, lr=0.1, weight_decay=0)
+        train(optimizer, gradients(params, 1))
+        refused(loaded(parameters(), lr=0.5), saved(optimizer.state_dict()), text)
+
+
+def test_options_that_the_constructor_refuses_are_refused_in_a_checkpoint():
+    for cls, wrong in (
+        (agrlib.Adam, dict(lr=-1.0)),
+        (agrlib.Padam, dict(partial=3.0)),
+        (agrlib.RMSprop, dict(alpha=1.5)),
+        (agrlib.SGD, dict(nesterov=True)),
+    ):
+        checkpoint = cls(parameters()).state_dict()
+        checkpoint["param_groups"][0].update(wrong)
+        refused(cls(parameters()), checkpoint, "Invalid|requires")
+
+
+def test_the_advice_for_each_group_leads_to_the_end():
+    def two(**last):
+        params = parameters()
+        groups = [dict(params=params[:3]), dict(params=params[3:], **last)]
+        return agrlib.Adam(groups, transforms=[agrlib.agr])
+
+    ours, checkpoint = two(transforms=[agrlib.normalize]), two().state_dict()
+    for i in range(2):
+        checkpoint["param_groups"][i]["transforms"] = ""
+    for i, name in enumerate(("agr", "normalize")):
+        refused(ours, checkpoint, rf"\[{name}\] in group {i}.*\[{i}\]\['transforms'\] = '{name}'")
+        checkpoint["param_groups"][i]["transforms"] = name
+    ours.load_state_dict(checkpoint)
+
+
+def test_a_plain_list_of_transforms_is_recorded_as_a_chain():
+    first, second = (agrlib.Adam(parameters(), transforms=t) for t in ([agrlib.agr], []))
+    second.param_groups[0]["transforms"] = [agrlib.agr]  # no step has seen it yet
+    assert second.state_dict()["param_groups"][0]["transforms"] == "agr"
+    second.load_state_dict(first.state_dict())

@@ -273,3 +273,50 @@ def test_a_complex_result_for_a_real_gradient_is_refused():
     with pytest.raises(TypeError, match="real gradient into a complex one"):
         optimizer.step()
     assert param.tolist() == [1.0, 1.0]
+
+
+CLIPS = [agrlib.clip_value, agrlib.clip_norm, agrlib.clip_global_norm]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_the_bound_of_a_clip(clip):
+    name = clip.__name__
+    for wrong in (-1.0, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"Invalid {name} bound"):
+            clip(wrong)
+    for wrong in ("1", None, True, torch.tensor([1.0, 2.0])):
+        with pytest.raises(TypeError, match=rf"{name} takes a number, as in {name}\(1.0\), not "):
+            clip(wrong)
+    assert repr(clip(1)) == repr(clip(np.float64(1))) == f"{name}(1.0)"
+    assert clip(1) == clip(1.0) == pickle.loads(pickle.dumps(clip(1.0))) == copy.deepcopy(clip(1))
+    assert clip(1) != clip(2)
+    assert len({clip(1), clip(1.0), clip(2)}) == 2
+    assert (clip(0.0)(torch.tensor([3.0, -4.0])) == 0).all()
+    big = torch.tensor([3e9, -4e9])
+    assert torch.equal(clip(math.inf)(big), big)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bound", [0.3, 1e3])
+def test_clips_equal_torchs_functions(bound, dtype):
+    inf, nan = math.inf, math.nan
+    for values in (
+        [0.0, 0.0],
+        [3.0, -4.0],
+        [inf, 1.0],
+        [-inf, inf],
+        [nan, 1.0],
+        [1e-6, 0.0],
+        [2.0],
+    ):
+        for clip, reference in (
+            (agrlib.clip_value, torch.nn.utils.clip_grad_value_),
+            (agrlib.clip_norm, torch.nn.utils.clip_grad_norm_),
+            (agrlib.clip_global_norm, torch.nn.utils.clip_grad_norm_),
+        ):
+            param = torch.nn.Parameter(torch.zeros(len(values), dtype=dtype))
+            param.grad = torch.tensor(values, dtype=dtype)
+            ours = clip(bound)(param.grad)
+            reference([param], bound)
+            digits = 1e-6 if dtype in (torch.float64, torch.float32) else 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(ours, param.grad, rtol=digits, atol=0, equal_nan=True)
