@@ -7,7 +7,6 @@ Derived in the chapter "The anatomy of an optimizer"; the interface is that of t
 import functools
 import inspect
 import math
-import random
 import types
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
@@ -19,11 +18,26 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 Group = dict[str, Any]
+WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
 
 
 def widen(tensor: Tensor) -> Tensor:
     """Return half-precision numbers as float32 and everything else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def add_up(terms: Tensor, rows: bool = False) -> Tensor:
+    """Sum over a tensor, or over each of its rows, in double precision where the device has it."""
+    wide = torch.complex128 if terms.is_complex() else torch.float64
+    dtype = terms.dtype if terms.device.type == "mps" else wide
+    if rows:
+        return terms.sum(dim=tuple(range(1, terms.dim())), keepdim=True, dtype=dtype)
+    return terms.sum(dtype=dtype)
+
+
+def gathered(total: Tensor) -> Tensor:
+    """Return the sum of a tensor that lies on several processes as a plain tensor."""
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
 
 
 def dense(grad: Tensor) -> Tensor:
@@ -118,18 +132,15 @@ class Transform:
     def totals(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return the finished totals that belong to the tensors, in their order."""
         assert self.summand is not None
-        terms = [self.summand(value) for value in values]
+        sums = [add_up(self.summand(value), rows=self.over == "row") for value in values]
         counts = [value.numel() for value in values]
         if self.over == "row":
-            sums = [term.sum(dim=tuple(range(1, term.dim())), keepdim=True) for term in terms]
             counts = [n // max(len(value), 1) for n, value in zip(counts, values, strict=True)]
-        else:
-            sums = [term.sum() for term in terms]
         if self.over == "all" and sums:
             counts = [sum(counts)] * len(counts)
-            parts = [part.to(sums[0].device, torch.float64) for part in sums]
-            whole = torch.stack(parts).sum()
-            sums = [whole.to(part.device, part.dtype) for part in sums]
+            whole = torch.stack([gathered(part).to(sums[0].device) for part in sums]).sum()
+            sums = [whole.to(part.device) for part in sums]
+        sums = [total.to(value.dtype) for total, value in zip(sums, values, strict=True)]
         if self.finish is None:
             return sums
         return [self.finish(t, n, *self.constants) for t, n in zip(sums, counts, strict=True)]
@@ -264,10 +275,8 @@ def check_options(group: Group) -> None:
         require(0.0 <= beta < 1.0, f"beta parameter at index {i}", beta)
     if group["foreach"]:
         raise RuntimeError("foreach=True is not supported: leave it out")
-    if group["fused"]:
-        raise RuntimeError(
-            "fused=True: this version of agrlib has no fast path; use fused=None or fused=False"
-        )
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("fused=True and differentiable=True exclude each other: leave out fused")
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -288,12 +297,22 @@ def like(value: Tensor, target: Tensor) -> Tensor:
     return value.reshape(target.shape).to(target.dtype)
 
 
-def round_stochastically(value: Tensor, seed: int) -> Tensor:
+def mix(bits: Any) -> Any:
+    """Scramble 32-bit integers, held in wider ones: equal inputs only give equal outputs."""
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return bits ^ (bits >> 16)
+
+
+def noise_seed(seed: int, step: Any, index: Any) -> Any:
+    """Return what the noise of one parameter at one step starts from."""
+    return mix(mix(((seed ^ (seed >> 32)) + step) & 0xFFFFFFFF) ^ index)
+
+
+def round_stochastically(value: Tensor, seed: Any) -> Tensor:
     """Round float32 to bfloat16, up or down with the probabilities that keep the mean."""
-    generator = torch.Generator(value.device).manual_seed(seed)
-    noise = torch.randint(
-        2**16, value.shape, generator=generator, device=value.device, dtype=torch.int32
-    )
+    place = torch.arange(value.numel(), device=value.device).reshape(value.shape)
+    noise = (mix((seed ^ place) & 0xFFFFFFFF) & 0xFFFF).to(torch.int32)
     rounded = ((value.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
@@ -450,7 +469,8 @@ class GradientMethod(RecordedOptimizer):
             their names, so give different functions different names.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility with torch.optim; None or False.
-        fused: None or False run the rule on tensors; True is refused until there is a fast path.
+        fused: None takes the compiled fast path where it pays, from 65,536 parameters on, and True
+            always, or raises the reason why it cannot; False runs the rule on tensors.
         capturable: keep `step` on the parameter's device, so that a step never waits for it.
         differentiable: let autograd record the step.
         state_dtype: floating-point type of the state; None takes the parameter's.
@@ -460,7 +480,7 @@ class GradientMethod(RecordedOptimizer):
     Raises:
         ValueError: a hyperparameter is negative, NaN, infinite or out of range.
         TypeError: a transform is not callable, or `transforms` is not a list.
-        RuntimeError: `foreach=True` or `fused=True` is asked for.
+        RuntimeError: `foreach=True` is asked for, or `fused=True` where no kernel can be made.
 
     Example:
         >>> class SignDescent(GradientMethod):
@@ -483,6 +503,7 @@ class GradientMethod(RecordedOptimizer):
     counts_steps = True
     number_of_betas = 2
     weight_decay_acts_on = "gradient"
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves the unscaling to the step
 
     def __init__(
         self,
@@ -521,6 +542,14 @@ class GradientMethod(RecordedOptimizer):
             if param_group["stochastic_rounding"]:  # seeded now, whatever is drawn before a step
                 param_group.setdefault("rounding_seed", torch.initial_seed())
         super().add_param_group(param_group)
+        if self.param_groups[-1]["fused"]:
+            from agrlib.kernels import refuse_devices
+
+            try:
+                refuse_devices(self.param_groups[-1]["params"])
+            except RuntimeError:
+                self.param_groups.pop()
+                raise
 
     def check(self, group: Group) -> None:
         """Raise ValueError or RuntimeError for options that this method cannot work with."""
@@ -559,27 +588,81 @@ class GradientMethod(RecordedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            ready = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
-            for group, params in zip(self.param_groups, ready, strict=True):
-                self._check_step(group, params)
-            chains = [group["transforms"] for group in self.param_groups]
-            grads = run_chains(chains, [[p.grad for p in params] for params in ready])
-            everything = (p for group in self.param_groups for p in group["params"])
-            index = {param: i for i, param in enumerate(everything)}
-            for group, params, shaped in zip(self.param_groups, ready, grads, strict=True):
-                for param, grad in zip(params, shaped, strict=True):
-                    self._update(group, param, grad, index[param])
+            for group in self.param_groups:
+                self._check_group(group)
+            params = [p for group in self.param_groups for p in group["params"]]
+            grads = [p.grad for p in params]
+            plan = self._plan_step(params, grads)
+            rest = self._parts(grads) if plan is None else plan.rest
+            if (plan is None or not plan.on_gpu or rest) and self._overflowed():
+                return loss
+            shaped = self._shape(rest, params, grads)
+            if plan is not None:
+                plan.run(grads, shaped)
+            for group, _, members in rest:
+                for i in members:
+                    if plan is None or i not in plan.compiled:
+                        self._update(group, params[i], shaped[i], i)
         return loss
 
-    def _check_step(self, group: Group, params: list[Tensor]) -> None:
-        """Refuse, before anything is written, what this step could not do."""
+    def _check_group(self, group: Group) -> None:
+        """Refuse options that were spoiled since they were given."""
         group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
         if group["fused"] or group["foreach"]:
             check_options(group)
         check_types(group)
-        self.update_rule(group), self.scalars(group, 1.0, 1)  # options spoiled later fail here
+        self.update_rule(group), self.scalars(group, 1.0, 1)  # the method's own options fail here
         if group["stochastic_rounding"]:
             group.setdefault("rounding_seed", torch.initial_seed())
+
+    def _plan_step(self, params: list[Tensor], grads: list[Tensor | None]) -> Any:
+        """Return the part of compiled kernels in this step; None leaves all to the eager way."""
+        ways = {group["fused"] for group in self.param_groups}
+        if ways <= {False} or self.defaults["differentiable"] or torch.compiler.is_compiling():
+            return None
+        planned = "_plan" in self.__dict__
+        small = not planned and sum(p.numel() for p in params) < WORTH_COMPILING
+        if small and True not in ways:
+            return None
+        from agrlib.kernels import plan_for
+
+        return plan_for(self, params, grads)
+
+    def _parts(self, grads: list[Tensor | None]) -> list[tuple[Group, Chain, list[int]]]:
+        """Return each group with its chain and the numbers of its parameters with a gradient."""
+        parts, first = [], 0
+        for group in self.param_groups:
+            stop = first + len(group["params"])
+            ready = [i for i in range(first, stop) if grads[i] is not None]
+            parts.append((group, group["transforms"], ready))
+            first = stop
+        return parts
+
+    def _overflowed(self) -> bool:
+        """Whether a gradient scaler has found a number that is not finite."""
+        found = getattr(self, "found_inf", None)
+        return found is not None and bool(found)
+
+    def _shape(
+        self,
+        parts: list[tuple[Group, Chain, list[int]]],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+    ) -> dict[int, Tensor]:
+        """Return the transformed gradients; everything that can be refused is refused before."""
+        for group, _, members in parts:
+            self._check_params(group, [params[i] for i in members])
+        scale = getattr(self, "grad_scale", None)
+        inverse = None if scale is None else scale.double().reciprocal()
+        raw: list[list[Any]] = [[grads[i] for i in members] for _, _, members in parts]
+        if inverse is not None:
+            raw = [[widen(g) * inverse.to(g.device, torch.float32) for g in gs] for gs in raw]
+        shaped = run_chains([chain for _, chain, _ in parts], raw)
+        pairs = zip(parts, shaped, strict=True)
+        return {i: g for (_, _, ms), gs in pairs for i, g in zip(ms, gs, strict=True)}
+
+    def _check_params(self, group: Group, params: list[Tensor]) -> None:
+        """Refuse, before anything is written, parameters and gradients of a wrong kind."""
         for param in params:
             dense(param.grad)  # type: ignore[arg-type]
             if not (param.is_floating_point() or param.is_complex()):
@@ -618,8 +701,8 @@ class GradientMethod(RecordedOptimizer):
         value, *outputs = result
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
             assert count is not None
-            seed = f"{group['rounding_seed']} {int(count)} {index}"  # the same after resuming
-            value = round_stochastically(value, random.Random(seed).getrandbits(63))
+            seed = noise_seed(group["rounding_seed"], count.long(), index)
+            value = round_stochastically(value, seed.to(value.device))  # the same after resuming
         for key, tensor, output in zip(keys, old, outputs, strict=True):
             new = like(output, tensor)
             state[key] = new if self.defaults["differentiable"] else tensor.copy_(new)

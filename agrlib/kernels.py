@@ -1,0 +1,1740 @@
+# Exported from book/kernels.md: edit the chapter, not this file.
+"""The fast path: update rules and gradient transforms compiled from their own source.
+
+Derived in the chapter "One rule, three compilers". `GradientMethod.step` comes here for the
+parameters that a kernel can take: numba makes it for the CPU, Triton for the GPU.
+"""
+
+import ast
+import builtins
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import os
+import sys
+import tempfile
+import textwrap
+import types
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter, is_, itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from agrlib.optimizer import (
+    WORTH_COMPILING,
+    Chain,
+    GradientMethod,
+    Group,
+    Transform,
+    decay_gradient,
+    decay_parameter,
+    noise_seed,
+    state_dtype,
+)
+
+
+class Unsupported(RuntimeError):
+    """Why a kernel cannot be made; the text completes a sentence that begins with "because"."""
+
+
+PRIMITIVES: dict[str, tuple[Any, ...]] = {
+    "sqrt": (torch.sqrt,),
+    "abs": (builtins.abs, torch.abs),
+    "maximum": (torch.maximum,),
+    "where": (torch.where,),
+    "power": (torch.pow,),
+}
+GRAMMAR = (
+    ast.Assign | ast.Return | ast.Tuple | ast.BinOp | ast.UnaryOp | ast.Compare | ast.Call,
+    ast.Name | ast.expr_context | ast.operator | ast.USub | ast.cmpop,
+)
+
+
+@functools.cache
+def read(function: Callable[..., Any]) -> ast.FunctionDef:
+    """Return the syntax of a function in rule arithmetic, without docstring and decorators.
+
+    Args:
+        function: assignments and one return of ``+ - * /``, comparisons and the primitives.
+
+    Raises:
+        Unsupported: the function is written in something else, or its source is not to be had.
+
+    Example:
+        >>> from agrlib.sgd import descend
+        >>> print(ast.unparse(read(descend)))
+        def descend(grad, param, lr):
+            return (param - lr * grad,)
+
+    Source: chapter "One rule, three compilers".
+    """
+    name = getattr(function, "__name__", repr(function))
+    try:
+        [node] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError) as error:
+        raise Unsupported(f"the source of {name} cannot be read") from error
+    if not isinstance(node, ast.FunctionDef):
+        raise Unsupported(f"{name} is no function written with def")
+    node = copy.deepcopy(node)
+    node.decorator_list = []
+    if ast.get_docstring(node) is not None:
+        del node.body[0]
+    for part in itertools.chain.from_iterable(map(ast.walk, node.body)):
+        if isinstance(part, ast.Constant):
+            raise Unsupported(f"{name} holds the literal {part.value!r}: pass it as a scalar")
+        if not isinstance(part, GRAMMAR[0] | GRAMMAR[1]) or isinstance(part, ast.Pow | ast.MatMult):
+            raise Unsupported(f"{name} holds more than plain arithmetic: {ast.unparse(part)}")
+        if isinstance(part, ast.Call):
+            called = getattr(part.func, "id", "")
+            meant = function.__globals__.get(called, getattr(builtins, called, None))
+            if part.keywords or meant not in PRIMITIVES.get(called, ()):
+                raise Unsupported(f"{name} calls {ast.unparse(part.func)}, which has no kernel")
+    check_names(name, node)
+    return node
+
+
+def check_names(name: str, node: ast.FunctionDef) -> None:
+    """Refuse a rule that reads variables of its module, or returns before its end."""
+    *body, last = node.body
+    plain = all(isinstance(line, ast.Assign) and len(line.targets) == 1 for line in body)
+    if not plain or not isinstance(last, ast.Return) or last.value is None:
+        raise Unsupported(f"{name} must be assignments followed by one return")
+    known = {argument.arg for argument in node.args.args} | set(PRIMITIVES)
+    for part in ast.walk(ast.Module(node.body, [])):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            known.add(part.id)
+    for part in ast.walk(ast.Module(node.body, [])):
+        if isinstance(part, ast.Name) and part.id not in known:
+            raise Unsupported(f"{name} reads {part.id}, which is none of its arguments")
+
+
+class Stage(NamedTuple):
+    """A transform of a chain as a kernel sees it: functions and the number of its constants."""
+
+    over: str | None
+    summand: Callable[..., Any] | None
+    finish: Callable[..., Any] | None
+    apply: Callable[..., Any]
+    constants: int
+
+
+class Program(NamedTuple):
+    """All that decides the text of a kernel; two parameters of one program share a launch."""
+
+    rule: Callable[..., Any]
+    state: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    decay: str
+    power: str
+    dtypes: tuple[torch.dtype, ...]  # of the parameter, its gradient and each state tensor
+    stochastic: bool
+
+    @property
+    def wide(self) -> str:
+        """The type in which the rule computes."""
+        return "float64" if self.dtypes[0] == torch.float64 else "float32"
+
+    @property
+    def whole(self) -> list[int]:
+        """The stages whose totals go beyond a row, and so need a pass over the gradient."""
+        return [j for j, stage in enumerate(self.stages) if stage.over in ("tensor", "all")]
+
+    @property
+    def scalars(self) -> list[str]:
+        """The names of the rule's scalars."""
+        return [a.arg for a in read(self.rule).args.args][2 + len(self.state) :]
+
+
+def text_of(function: Callable[..., Any], name: str, decorator: str, exact_division: bool) -> str:
+    """Return a rule's text under another name, for one of the compilers."""
+    node = copy.deepcopy(read(function))
+    node.name = name
+    if exact_division:
+        node = Division().visit(node)
+    return f"{decorator}\n{ast.unparse(ast.fix_missing_locations(node))}"
+
+
+class Division(ast.NodeTransformer):
+    """``a / b`` becomes ``divide(a, b)``: Triton's own division of float32 is approximate."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Div):
+            return node
+        return ast.Call(ast.Name("divide", ast.Load()), [node.left, node.right], [])
+
+
+def functions(program: Program, decorator: str, exact_division: bool) -> list[str]:
+    """Return the texts of the rule and of all functions of the chain."""
+    named = {"rule": program.rule}
+    if program.decay != "rule":
+        named["decay"] = decay_gradient if program.decay == "gradient" else decay_parameter
+    for j, stage in enumerate(program.stages):
+        for role in ("summand", "finish", "apply"):
+            if (function := getattr(stage, role)) is not None:
+                named[f"{role}_{j}"] = function
+    return [text_of(f, name, decorator, exact_division) for name, f in named.items()]
+
+
+def constants_of(program: Program, j: int) -> list[str]:
+    """Return the names under which a kernel holds the constants of stage j."""
+    return [f"constant_{j}_{i}" for i in range(program.stages[j].constants)]
+
+
+def shape(program: Program, upto: int) -> list[str]:
+    """Return the lines that take x, one entry of the gradient, through the stages before `upto`."""
+    lines = []
+    for j, stage in enumerate(program.stages[:upto]):
+        extra = [f"total_{j}"] if stage.over else constants_of(program, j)
+        lines.append(f"x = where(covers_{j}, apply_{j}({', '.join(['x', *extra])}), x)")
+    return lines
+
+
+def finished(program: Program, j: int, total: str, count: str) -> str:
+    """Return the expression of a finished total."""
+    if program.stages[j].finish is None:
+        return total
+    return f"finish_{j}({', '.join([total, count, *constants_of(program, j)])})"
+
+
+def context(program: Program, upto: int, rows: bool = True) -> list[str]:
+    """Return the names of what the stages before `upto` need: coverage, totals and constants."""
+    names = []
+    for j, stage in enumerate(program.stages[:upto]):
+        names.append(f"covers_{j}")
+        if stage.over in ("tensor", "all") or (rows and stage.over == "row"):
+            names.append(f"total_{j}")
+    names += itertools.chain.from_iterable(
+        constants_of(program, j) for j in range(len(program.stages))
+    )
+    return names
+
+
+def indent(lines: Iterable[str], depth: int) -> str:
+    return textwrap.indent("\n".join(lines), "    " * depth)
+
+
+CPU_HEADER = """
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic
+
+EXACT = dict(error_model="numpy", forceinline=True)  # IEEE: a quotient by zero is no exception
+SUM = dict(error_model="numpy", fastmath={"reassoc"})  # the terms may be added in any order
+
+
+@intrinsic
+def pointer(typing, address, like):
+    def build(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), build
+
+
+@njit(**EXACT)
+def sqrt(x):
+    return np.sqrt(x)
+
+
+@njit(**EXACT)
+def maximum(x, y):
+    return x if x >= y or x != x else y
+
+
+@njit(**EXACT)
+def where(condition, x, y):
+    return x if condition else y
+"""
+CPU_TYPES = {
+    torch.float32: ("np.float32", "{}", "{}"),
+    torch.float64: ("np.float64", "F({})", "{}"),
+    torch.bfloat16: ("np.uint16", "from_bfloat16({})", "to_bfloat16({})"),
+    torch.float16: ("np.uint16", "from_float16({})", "to_float16({})"),
+}
+CPU_BFLOAT16 = """
+@njit(**EXACT)
+def from_bfloat16(x):
+    return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+
+
+@njit(**EXACT)
+def to_bfloat16(x):
+    bits = np.float32(x).view(np.uint32)
+    even = np.uint32(bits >> np.uint32(16)) & np.uint32(1)  # a tie goes to the even neighbor
+    rounded = np.uint16(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
+    return np.uint16(0x7FC0) if x != x else rounded
+
+
+@njit(**EXACT)
+def mix(h):
+    h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+    h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    return np.uint32(h ^ np.uint32(h >> np.uint32(16)))
+
+
+@njit(**EXACT)
+def to_bfloat16_stochastically(x, seed, i):
+    noise = mix(np.uint32(seed) ^ np.uint32(i)) & np.uint32(0xFFFF)
+    bits = np.float32(x).view(np.uint32)
+    rounded = np.uint16(np.uint32(bits + noise) >> np.uint32(16))
+    return rounded if abs(x) < np.float32(np.inf) else to_bfloat16(x)
+"""
+CPU_FLOAT16 = """
+@intrinsic
+def from_float16(typing, x):
+    def build(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), build
+
+
+@intrinsic
+def to_float16(typing, x):
+    def build(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), build
+"""
+CPU_POWER = """
+@njit(**EXACT)
+def power(x, y):  # x >= 0, y > 0, through the logarithm in double precision
+    z = np.float64(x)
+    bits = z.view(np.int64)
+    exponent = (bits >> 52) - 1023
+    m = np.int64((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).view(np.float64)  # in [1, 2)
+    large = m > 1.4142135623730951
+    m = 0.5 * m if large else m
+    s = (m - 1.0) / (m + 1.0)  # log m = 2 atanh s, |s| < 0.172
+    q = s * s
+    series = 1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15))
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
+    log2 = np.float64(exponent + large) + 2.8853900817779268 * s * series
+    product = np.float64(y) * log2
+    product = max(min(product, 1000.0), -1000.0)
+    whole = np.floor(product + 0.5)
+    r = 0.6931471805599453 * (product - whole)  # |r| < 0.347
+    e = 1 / 120 + r * (1 / 720 + r * (1 / 5040 + r * (1 / 40320 + r / 362880)))
+    e = 1.0 + r * (1.0 + r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * e))))
+    scale = np.int64((np.int64(whole) + 1023) << 52).view(np.float64)
+    result = F(e * scale)
+    result = F(0) if x == F(0) else result
+    return result if x < F(np.inf) else x
+"""
+
+
+def power_text(program: Program, decorator: str, general: str) -> str:
+    """Return the text of `power` for the exponents 1, 1/2, 1/4, ..., for 0, and for all others."""
+    if program.power in ("", "general"):
+        return general if program.power else ""
+    value = "x"
+    for _ in range(int(program.power)):
+        value = f"sqrt({value})"
+    return f"{decorator}\ndef power(x, y):  # y = 1/{2 ** int(program.power)}\n    return {value}"
+
+
+def cpu_source(program: Program) -> str:
+    """Return the text of a CPU kernel: numba compiles it, all cores run it.
+
+    Args:
+        program: what the kernel computes.
+
+    Example:
+        >>> from agrlib.sgd import descend
+        >>> dtypes = (torch.float32, torch.float32)
+        >>> text = cpu_source(Program(descend, (), (), "rule", "", dtypes, False))
+        >>> print(text[text.index("        x = ") : text.index("a0[i] =")].rstrip())
+                x = sign * (scale * a1[i])
+                p = a0[i]
+                p, = rule(x, p, lr)
+
+    Source: chapter "One rule, three compilers".
+    """
+    parts = [CPU_HEADER.strip("\n"), f"F = np.{program.wide}"]
+    if torch.bfloat16 in program.dtypes:
+        parts.append(CPU_BFLOAT16.strip("\n"))
+    if torch.float16 in program.dtypes:
+        parts.append(CPU_FLOAT16.strip("\n"))
+    scalar_power = "@njit(**EXACT)\ndef power(x, y):\n    return x**y"
+    general = CPU_POWER.strip("\n") if program.wide == "float32" else scalar_power
+    if text := power_text(program, "@njit(**EXACT)", general):
+        parts.append(text)
+    parts += functions(program, "@njit(**EXACT)", exact_division=False)
+    parts += [cpu_sum(program, j) for j, stage in enumerate(program.stages) if stage.over]
+    parts += [cpu_reduce(program, j) for j in program.whole]
+    parts += [cpu_row(program), cpu_update(program), cpu_work(program), CPU_RUN.strip("\n")]
+    return "\n\n\n".join(parts) + "\n"
+
+
+def cpu_load(program: Program, role: int) -> str:
+    """Return the expression of entry i of the parameter (0), the gradient (1) or a state tensor."""
+    dtype = program.dtypes[role]
+    if dtype == torch.float32 and program.wide == "float64":
+        return f"F(a{role}[i])"
+    return CPU_TYPES[dtype][1].format(f"a{role}[i]")
+
+
+def cpu_array(program: Program, role: int, address: str) -> str:
+    return f"a{role} = carray(pointer({address}, {CPU_TYPES[program.dtypes[role]][0]}(0)), (n,))"
+
+
+def cpu_sum(program: Program, j: int) -> str:
+    """Return the function that adds up the summand of stage j over n entries."""
+    arguments = ", ".join(["at", "n", "scale", *context(program, j)])
+    body = [f"x = scale * {cpu_load(program, 1)}", *shape(program, j), f"total += summand_{j}(x)"]
+    return (
+        f"@njit(**SUM)\ndef sum_{j}({arguments}):\n"
+        f"    {cpu_array(program, 1, 'at')}\n    total = 0.0\n    for i in range(n):\n"
+        f"{indent(body, 2)}\n    return total"
+    )
+
+
+def row_totals(program: Program, upto: int, call: str) -> list[str]:
+    """Return the lines that compute the totals of the row at hand."""
+    lines = []
+    for j, stage in enumerate(program.stages[:upto]):
+        if stage.over == "row":
+            total = f"F({call.format(j=j, context=', '.join(context(program, j)))})"
+            lines.append(f"total_{j} = F(0)")
+            lines += [
+                f"if covers_{j}:",
+                f"    total_{j} = {finished(program, j, total, 'F(cols)')}",
+            ]
+    return lines
+
+
+def cpu_reduce(program: Program, j: int) -> str:
+    """Return the function that adds up the summand of stage j over some rows."""
+    arguments = ", ".join(["grad", "rows", "cols", "scale", *context(program, j, rows=False)])
+    size = program.dtypes[1].itemsize
+    body = [
+        f"at = grad + {size} * r * cols",
+        *row_totals(program, j, "sum_{j}(at, cols, scale, {context})"),
+        f"total += sum_{j}({', '.join(['at', 'cols', 'scale', *context(program, j)])})",
+    ]
+    return (
+        f'@njit(error_model="numpy")\ndef reduce_{j}({arguments}):\n'
+        f"    total = 0.0\n    for r in range(rows):\n{indent(body, 2)}\n    return total"
+    )
+
+
+def update_lines(program: Program) -> list[str]:
+    """Return the lines that turn entry x of the gradient and entry p of the parameter into new."""
+    lines = []
+    if program.decay == "gradient":
+        lines.append("x = where(decays, decay(x, p, rate), x)")
+    if program.decay == "parameter":
+        lines.append("p = where(decays, decay(p, rate), p)")
+    return lines
+
+
+def cpu_row(program: Program) -> str:
+    """Return the function that updates n entries in a row."""
+    stages, roles = len(program.stages), range(len(program.dtypes))
+    addresses = [f"at_{role}" for role in roles]
+    results = ["p", *(f"s{role}" for role in roles[2:])]
+    start = "x = sign * ({})" if not stages else "x = {}"
+    inputs = ["x", "p", *(cpu_load(program, role) for role in roles[2:]), *program.scalars]
+    stores = [CPU_TYPES[program.dtypes[r]][2] for r in (0, *roles[2:])]
+    if program.stochastic:
+        stores[0] = "to_bfloat16_stochastically({}, seed, first + i)"
+    body = [
+        start.format(f"scale * {cpu_load(program, 1)}"),
+        *shape(program, stages),
+        *(["x = sign * x"] if stages else []),
+        f"p = {cpu_load(program, 0)}",
+        *update_lines(program),
+        f"{', '.join(results)}{',' if len(results) == 1 else ''} = rule({', '.join(inputs)})",
+        *(
+            f"a{role}[i] = {store.format(result)}"
+            for role, store, result in zip((0, *roles[2:]), stores, results, strict=True)
+        ),
+    ]
+    numbers = ["sign", "decays", "rate", *program.scalars]
+    arguments = [*addresses, "n", "scale", "seed", "first", *context(program, stages), "numbers"]
+    unpacked = [f"{name} = numbers[{i}]" for i, name in enumerate(numbers)]
+    unpacked[1] = "decays = numbers[1] != F(0)"
+    arrays = [cpu_array(program, role, f"at_{role}") for role in roles]
+    return (
+        f'@njit(error_model="numpy")\ndef update_row({", ".join(arguments)}):\n'
+        f"{indent([*arrays, *unpacked], 1)}\n    for i in range(n):\n{indent(body, 2)}"
+    )
+
+
+def cpu_update(program: Program) -> str:
+    """Return the function that updates some rows."""
+    stages, roles = len(program.stages), range(len(program.dtypes))
+    arguments = ["table", "t", "first", "rows", "cols", "scale", "seed"]
+    arguments += [*context(program, stages, rows=False), "numbers"]
+    addresses = [f"table[{r}, t] + {program.dtypes[r].itemsize} * begin" for r in roles]
+    call = [*addresses, "cols", "scale", "seed", "begin", *context(program, stages), "numbers"]
+    gradient = f"table[1, t] + {program.dtypes[1].itemsize} * begin"
+    body = [
+        "begin = first + r * cols",
+        *row_totals(program, stages, f"sum_{{j}}({gradient}, cols, scale, {{context}})"),
+        f"update_row({', '.join(call)})",
+    ]
+    return (
+        f'@njit(error_model="numpy")\ndef update({", ".join(arguments)}):\n'
+        f"    for r in range(rows):\n{indent(body, 2)}"
+    )
+
+
+def cpu_work(program: Program) -> str:
+    """Return the function that does one item of work: one phase of one part of one tensor."""
+    stages = range(len(program.stages))
+    lines = ["t, first, rows, cols = items[k, 0], items[k, 1], items[k, 2], items[k, 3]"]
+    lines += [f"covers_{j} = flags[{j}, t]" for j in stages]
+    names = itertools.chain.from_iterable(constants_of(program, j) for j in stages)
+    lines += [f"{name} = constants[{i}]" for i, name in enumerate(names)]
+    for q, j in enumerate(program.whole):
+        size = program.dtypes[1].itemsize
+        call = [f"table[1, t] + {size} * first", "rows", "cols", "scale"]
+        call += context(program, j, rows=False)
+        total = finished(program, j, f"F(totals[{q}, t])", f"F(counts[{q}, t])")
+        lines += [
+            f"if phase == {q}:",
+            f"    partial[k] = reduce_{j}({', '.join(call)}) if covers_{j} else 0.0",
+            "    return",
+            f"if phase == WHOLE and covers_{j}:",
+            f"    totals[{q}, t] = reduce_{j}({', '.join(call)})",
+            f"total_{j} = {total}",
+        ]
+    call = ["table", "t", "first", "rows", "cols", "scale", "seeds[t]"]
+    call += [*context(program, len(stages), rows=False), "numbers[classes[t]]"]
+    lines.append(f"update({', '.join(call)})")
+    sums = len(program.whole)
+    return (
+        f"SUMS = {sums}  # the phases before the update; a small tensor goes through all at once\n"
+        f'WHOLE = {sums + 1}\n\n\n@njit(error_model="numpy")\ndef work(phase, k, items, table, '
+        "flags, classes, numbers, totals, counts, constants, scale, seeds, partial):\n"
+        + indent(lines, 1)
+    )
+
+
+CPU_RUN = """
+@njit(parallel=True, error_model="numpy", cache=True)
+def run(waves, bounds, order, items, table, flags, classes, numbers, totals, counts, constants,
+        scale, seeds, partial):
+    for w in range(len(waves)):
+        phase = waves[w]
+        for worker in prange(bounds.shape[1] - 1):
+            for k in range(bounds[w, worker], bounds[w, worker + 1]):
+                work(phase, order[k], items, table, flags, classes, numbers, totals, counts,
+                     constants, scale, seeds, partial)
+        if phase < SUMS:  # in the order of the items, whoever has summed them
+            for k in range(bounds[w, 0], bounds[w, bounds.shape[1] - 1]):
+                totals[phase, items[order[k], 0]] += partial[order[k]]
+"""
+
+
+CPU_STEPS = """
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+
+@intrinsic
+def pointer(typing, address):
+    def build(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(address), build
+
+
+@njit(cache=True)
+def advance(addresses, values, more):
+    for i in range(len(addresses)):
+        number = carray(pointer(addresses[i]), (1,))
+        number[0] += more
+        values[i] = number[0]
+"""
+
+
+def cache_folder() -> Path:
+    """Return the folder of the generated sources and of what numba makes of them."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        folder = Path(home, "agrlib")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:  # no home, or one that cannot be written
+        return Path(tempfile.mkdtemp(prefix="agrlib-"))
+
+
+@functools.cache
+def load(text: str, stem: str) -> types.ModuleType:
+    """Write a generated source to its file, unless it is there, and import it."""
+    name = f"{stem}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    path = cache_folder() / f"{name}.py"
+    if not path.exists() or path.read_text() != text:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as half:
+            half.write(text)
+        os.replace(half.name, path)
+    spec = importlib.util.spec_from_file_location(f"_agrlib_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # numba finds the functions of a cached kernel by this name
+    spec.loader.exec_module(module)
+    return module
+
+
+GPU_HEADER = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def maximum(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def where(condition, x, y):
+    return tl.where(condition, x, y)
+
+
+@triton.jit
+def abs(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def sqrt(x):
+    return {sqrt}
+
+
+@triton.jit
+def divide(x, y):
+    return {divide}
+
+
+@triton.jit
+def at(table, role, tensors, t, like: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(table + role * tensors + t).to(tl.pointer_type(like))
+    if ALIGNED:  # or else no load is wider than one entry
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def collect(partial, firsts, totals, BLOCK: tl.constexpr):
+    t = tl.program_id(0)
+    stop = tl.load(firsts + t + 1)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for k in range(tl.load(firsts + t), stop, BLOCK):
+        i = k + tl.arange(0, BLOCK)
+        sums += tl.load(partial + i, mask=i < stop, other=0.0)
+    tl.store(totals + t, tl.sum(sums))
+"""
+GPU_FLOAT32 = dict(sqrt="tl.sqrt_rn(x)", divide="tl.div_rn(x, y)")  # IEEE, as in eager steps
+GPU_FLOAT64 = dict(sqrt="tl.sqrt(x)", divide="x / y")
+GPU_TYPES = {
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
+GPU_BFLOAT16 = """
+@triton.jit
+def to_bfloat16(x):
+    bits = x.to(tl.uint32, bitcast=True)
+    even = (bits >> 16) & 1  # a tie goes to the even neighbor
+    rounded = ((bits + 0x7FFF + even) >> 16).to(tl.uint16)
+    return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def mix(h):
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def to_bfloat16_stochastically(x, seed, i):
+    bits = x.to(tl.uint32, bitcast=True)
+    noise = mix(seed.to(tl.uint32) ^ i.to(tl.uint32)) & 0xFFFF
+    rounded = ((bits + noise) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, to_bfloat16(x))
+"""
+GPU_POWER = """
+@triton.jit
+def power(x, y):  # x >= 0, y > 0
+    return tl.where(x == 0, x, tl.exp2(y * tl.log2(x)))
+"""
+
+
+def gpu_source(program: Program) -> str:
+    """Return the text of the GPU kernels: one per phase, for all tensors of a batch.
+
+    Args:
+        program: what the kernels compute.
+
+    Example:
+        >>> from agrlib.sgd import descend
+        >>> dtypes = (torch.float32, torch.float32)
+        >>> text = gpu_source(Program(descend, (), (), "rule", "", dtypes, False))
+        >>> print(text[text.index("@triton.jit\\ndef rule") : text.index("@triton.jit\\ndef up")])
+        @triton.jit
+        def rule(grad, param, lr):
+            return (param - lr * grad,)
+        <BLANKLINE>
+        <BLANKLINE>
+
+    Source: chapter "One rule, three compilers".
+    """
+    exact = GPU_FLOAT64 if program.wide == "float64" else GPU_FLOAT32
+    parts = [GPU_HEADER.strip("\n").format(**exact)]
+    if torch.bfloat16 in program.dtypes:
+        parts.append(GPU_BFLOAT16.strip("\n"))
+    if text := power_text(program, "@triton.jit", GPU_POWER.strip("\n")):
+        parts.append(text)
+    parts += functions(program, "@triton.jit", exact_division=True)
+    parts += [gpu_sum(program, j) for j, stage in enumerate(program.stages) if stage.over]
+    parts += [gpu_reduce(program, j) for j in program.whole]
+    parts.append(gpu_update(program))
+    return "\n\n\n".join(parts) + "\n"
+
+
+def gpu_load(program: Program, role: int, address: str, mask: str) -> str:
+    """Return the expression of a block of a tensor, in the type of the arithmetic."""
+    masked = f", mask={mask}, other=0.0" if mask else ""
+    return f"tl.load({address} + i{masked}).to(tl.{program.wide})"
+
+
+def blocks(body: Callable[[str], list[str]]) -> list[str]:
+    """Return a loop over full blocks, whose loads are wide, and a masked block for what is left."""
+    return [
+        "full = n // BLOCK * BLOCK",
+        "for k in range(0, full, BLOCK):",
+        "    i = k + tl.arange(0, BLOCK)",
+        *(f"    {line}" for line in body("")),
+        "if full < n:",
+        "    i = full + tl.arange(0, BLOCK)",
+        *(f"    {line}" for line in body("i < n")),
+    ]
+
+
+def gpu_sum(program: Program, j: int) -> str:
+    """Return the function that adds up the summand of stage j over n entries."""
+    arguments = ["grad", "n", "scale", *context(program, j), "BLOCK: tl.constexpr"]
+
+    def body(mask: str) -> list[str]:
+        term = f"summand_{j}(x).to(tl.float64)"
+        return [
+            f"x = scale * {gpu_load(program, 1, 'grad', mask)}",
+            *shape(program, j),
+            f"sums += {f'tl.where({mask}, {term}, 0.0)' if mask else term}",
+        ]
+
+    lines = ["sums = tl.zeros((BLOCK,), tl.float64)", *blocks(body)]
+    return (
+        f"@triton.jit\ndef sum_{j}({', '.join(arguments)}):\n{indent(lines, 1)}\n"
+        "    return tl.sum(sums)"
+    )
+
+
+def gpu_start(program: Program, upto: int) -> list[str]:
+    """Return the first lines of every kernel: its item, and the finished totals of its tensor."""
+    lines = [
+        "t = tl.load(items + 4 * item)",
+        "first = tl.load(items + 4 * item + 1)",
+        "rows = tl.load(items + 4 * item + 2)",
+        "cols = tl.load(items + 4 * item + 3)",
+        "if ALIGNED:",
+        "    first = tl.multiple_of(first, 16)",
+        "    cols = tl.multiple_of(cols, 16)",
+        "scale = tl.load(scales)",
+        "rows = tl.where(tl.load(found_inf) == 0, rows, 0)  # or else nothing is written",
+    ]
+    names = itertools.chain.from_iterable(
+        constants_of(program, j) for j in range(len(program.stages))
+    )
+    lines += [f"{name} = tl.load(constants + {i})" for i, name in enumerate(names)]
+    for j, stage in enumerate(program.stages[:upto]):
+        lines.append(f"covers_{j} = tl.load(flags + {j} * tensors + t) != 0")
+        if stage.over in ("tensor", "all"):
+            q, wide = program.whole.index(j), f"to(tl.{program.wide})"
+            sums, counts = (
+                f"tl.load({a} + {q} * tensors + t).{wide}" for a in ("totals", "counts")
+            )
+            lines.append(f"total_{j} = {finished(program, j, sums, counts)}")
+    return lines
+
+
+GPU_ARGUMENTS = (
+    "items, table, flags, totals, counts, constants, scales, found_inf, partial, classes, "
+    "numbers, seeds, tensors, length, ALIGNED: tl.constexpr, BLOCK: tl.constexpr"
+)
+
+
+def gpu_rows(program: Program, upto: int) -> list[str]:
+    """Return the lines that compute the totals of the row at hand."""
+    lines = []
+    for j, stage in enumerate(program.stages[:upto]):
+        if stage.over == "row":
+            call = ", ".join(["row", "cols", "scale", *context(program, j), "BLOCK"])
+            count = f"cols.to(tl.{program.wide})"
+            total = f"sum_{j}({call}).to(tl.{program.wide})"
+            lines.append(f"total_{j} = {finished(program, j, total, count)}")
+    return lines
+
+
+def gpu_reduce(program: Program, j: int) -> str:
+    """Return the kernel that adds up the summand of stage j over one item."""
+    call = ["row", "cols", "scale", *context(program, j), "BLOCK"]
+    lines = [
+        "item = tl.program_id(0)",
+        *gpu_start(program, j),
+        f"rows = tl.where(tl.load(flags + {j} * tensors + t) != 0, rows, 0)",
+        f"grad = at(table, 1, tensors, t, {GPU_TYPES[program.dtypes[1]]}, ALIGNED) + first",
+        "total = tl.zeros((), tl.float64)",
+        "for r in range(rows):",
+        "    row = grad + r * cols",
+        *(f"    {line}" for line in gpu_rows(program, j)),
+        f"    total += sum_{j}({', '.join(call)})",
+        "tl.store(partial + item, total)",
+    ]
+    return f"@triton.jit\ndef reduce_{j}({GPU_ARGUMENTS}):\n{indent(lines, 1)}"
+
+
+def gpu_update(program: Program) -> str:
+    """Return the kernel that updates one item."""
+    stages, roles = len(program.stages), range(len(program.dtypes))
+    results = ["p", *(f"s{role}" for role in roles[2:])]
+    conversions = [f"{{}}.to({GPU_TYPES[program.dtypes[r]]})" for r in (0, *roles[2:])]
+    for slot, role in enumerate((0, *roles[2:])):
+        if program.dtypes[role] == torch.bfloat16:
+            conversions[slot] = "to_bfloat16({})"
+    if program.stochastic:
+        conversions[0] = "to_bfloat16_stochastically({}, seed, begin + i)"
+
+    def body(mask: str) -> list[str]:
+        loads = [gpu_load(program, role, f"b{role}", mask) for role in roles]
+        inputs = ["x", "p", *loads[2:], *program.scalars]
+        return [
+            f"x = scale * {loads[1]}",
+            *shape(program, stages),
+            "x = sign * x",
+            f"p = {loads[0]}",
+            *update_lines(program),
+            f"{', '.join(results)}{',' if len(results) == 1 else ''} = rule({', '.join(inputs)})",
+            *(
+                f"tl.store(b{role} + i, {form.format(name)}{f', mask={mask}' if mask else ''})"
+                for role, form, name in zip((0, *roles[2:]), conversions, results, strict=True)
+            ),
+        ]
+
+    numbers = ["sign", "decays", "rate", *program.scalars]
+    values = [f"{name} = tl.load(numbers + place + {i})" for i, name in enumerate(numbers)]
+    values[1] = "decays = tl.load(numbers + place + 1) != 0"
+    lines = [
+        "item = tl.num_programs(0) - 1 - tl.program_id(0)  # what was summed last comes first",
+        *gpu_start(program, stages),
+        "seed = tl.load(seeds + t)",
+        "place = tl.load(classes + t) * length",
+        *values,
+        *(
+            f"a{r} = at(table, {r}, tensors, t, {GPU_TYPES[program.dtypes[r]]}, ALIGNED)"
+            for r in roles
+        ),
+        "n = cols",
+        "for r in range(rows):",
+        "    begin = first + r * cols",
+        "    row = a1 + begin",
+        *(f"    {line}" for line in gpu_rows(program, stages)),
+        *(f"    b{r} = a{r} + begin" for r in roles),
+        *(f"    {line}" for line in blocks(body)),
+    ]
+    return f"@triton.jit\ndef update({GPU_ARGUMENTS}):\n{indent(lines, 1)}"
+
+
+KIND, LAYOUT = attrgetter("dtype", "device"), attrgetter("layout")
+PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
+CHUNK = 16384  # entries of an item on the CPU: with its state it fits in the second-level cache
+SMALL = 131072  # a tensor up to this size is summed and updated by one core, from its cache
+ROLES = ("parameter", "gradient")
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, as in the tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def takes_triton(device: torch.device) -> bool:
+    """Whether the kernels for a device are Triton's."""
+    return device.type == "cuda" or interpreting()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, whose parts lie on several processes."""
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placements(tensor: Tensor) -> Any:
+    """Return how a tensor is spread over processes; None for a plain one."""
+    return getattr(tensor, "placements", None)
+
+
+@functools.cache
+def can_import(name: str) -> bool:
+    """Whether an optional package is there and works."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def part_number(tensor: Tensor) -> int:
+    """Return a number of the part that this process holds, in the bits above those of indices."""
+    if not is_sharded(tensor):
+        return 0
+    from agrlib.distributed import shard_number
+
+    return shard_number(tensor) << 16
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Say why no kernel can be made for a device, or None."""
+    if takes_triton(device):
+        return None if can_import("triton") else "Triton is not installed: pip install triton"
+    if device.type != "cpu":
+        return f"there are kernels for CPU and CUDA tensors, not for {device.type} tensors"
+    if not can_import("numba"):
+        return "numba is not installed: pip install 'agrlib[cpu]'"
+    if CPUBatch.process not in (None, os.getpid()):
+        return "this process was forked after kernels had run, and their threads did not survive"
+    return None
+
+
+def refuse_devices(params: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where no kernel can be made for a parameter, whatever its gradient."""
+    for device in dict.fromkeys(param.device for param in params):
+        if reason := missing_compiler(device):
+            raise RuntimeError(f"fused=True: {reason}")
+
+
+def dense_in(tensor: Tensor, rows: bool) -> bool:
+    """Whether the entries fill a stretch of memory, each row its own part of it."""
+    if tensor.is_contiguous():
+        return True
+    pairs = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    size = 1
+    for stride, extent in pairs:
+        if extent != 1 and stride != size:
+            return False
+        size *= extent
+    return not rows or tensor.stride(0) * tensor.shape[0] == tensor.numel()
+
+
+def obstacle(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None:
+    """Say why a parameter with this gradient and state cannot go through a kernel, or None."""
+    if reason := missing_compiler(param.device):
+        return reason
+    kinds = GPU_TYPES if takes_triton(param.device) else CPU_TYPES
+    part = local(param)
+    if is_sharded(param):
+        from agrlib.distributed import why_not
+
+        if reason := why_not(param, tensors, rows):
+            return reason
+    if not dense_in(part, rows):
+        return "a parameter is not contiguous"
+    for tensor in (param, *tensors):
+        if type(local(tensor)) not in PLAIN:
+            return f"there is no kernel for tensors of the class {type(tensor).__name__}"
+        if tensor.dtype not in kinds:
+            return f"there is no kernel for {tensor.dtype}"
+        if tensor.device != param.device:
+            return "a gradient or state is on another device than its parameter"
+        if local(tensor).stride() != part.stride():
+            return "a gradient or state has other strides than its parameter"
+    return None
+
+
+class Recipe(NamedTuple):
+    """What a group asks of a kernel, apart from types: the rule and the end of the chain."""
+
+    eager: Chain  # up to the last transform that has no kernel
+    compiled: tuple[Transform, ...]
+    rule: Callable[..., Any]
+    state: tuple[str, ...]
+    power: str
+
+
+def stage_of(transform: Transform) -> Stage:
+    """Return what a kernel needs to know of a transform, or raise Unsupported."""
+    for function in (transform.summand, transform.finish, transform.apply):
+        if function is not None:
+            read(function)
+    count = len(transform.constants)
+    return Stage(transform.over, transform.summand, transform.finish, transform.apply, count)
+
+
+def refusal(function: Callable[..., Any]) -> str | None:
+    """Say why a transform has no kernel, or None."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if not isinstance(function, Transform):
+        return f"{name} is a plain function; agrlib.transform would declare what it sums"
+    try:
+        stage_of(function)
+    except Unsupported as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def exponents(rule: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the arguments of a rule that it raises something to."""
+    calls = [node for node in ast.walk(read(rule)) if isinstance(node, ast.Call)]
+    return tuple(ast.unparse(c.args[1]) for c in calls if getattr(c.func, "id", "") == "power")
+
+
+def power_of(rule: Callable[..., Any], keys: tuple[str, ...], scalars: Sequence[Any]) -> str:
+    """Return how `power` is computed: "2" for two square roots, "general", or "" without any."""
+    if not (raised := exponents(rule)):
+        return ""
+    names = [a.arg for a in read(rule).args.args][2 + len(keys) :]
+    values: set[Any] = {dict(zip(names, scalars, strict=True)).get(name) for name in raised}
+    roots = {0.5**k: str(k) for k in range(5)}
+    return roots.get(values.pop(), "general") if len(values) == 1 else "general"
+
+
+def recipe_of(optimizer: GradientMethod, group: Group) -> Recipe:
+    """Return what a kernel for the group computes, or raise Unsupported."""
+    rule, keys = optimizer.update_rule(group)
+    read(rule)
+    power = power_of(rule, keys, optimizer.scalars(group, 1.0, 1))
+    chain = group["transforms"]
+    reasons = [refusal(function) for function in chain]
+    if group["fused"] and any(reasons):
+        raise Unsupported(next(filter(None, reasons)))
+    cut = max((i + 1 for i, reason in enumerate(reasons) if reason), default=0)
+    return Recipe(Chain(chain[:cut]), tuple(chain[cut:]), rule, keys, power)
+
+
+class Member(NamedTuple):
+    """A parameter on the fast path."""
+
+    param: Tensor
+    group: int
+    number: int  # among all parameters of the optimizer
+    new: bool  # without state so far
+    noise: int  # tells the rounding noise of its part from that of all others
+
+
+def items_of(
+    parts: Sequence[Tensor], by_row: Sequence[bool], chunks: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut tensors into items (tensor, first entry, rows, columns); also say where each begins."""
+    items: list[tuple[int, int, int, int]] = []
+    firsts = [0]
+    for t, (part, rowwise, chunk) in enumerate(zip(parts, by_row, chunks, strict=True)):
+        size = part.numel()
+        if rowwise and size:
+            count, cols = part.shape[0], size // part.shape[0]
+            rows = max(1, chunk // cols)
+            items += [(t, r * cols, min(rows, count - r), cols) for r in range(0, count, rows)]
+        else:
+            items += [(t, i, 1, min(chunk, size - i)) for i in range(0, size, max(chunk, 1))]
+        firsts.append(len(items))
+    return np.array(items, np.int64).reshape(-1, 4), np.array(firsts, np.int64)
+
+
+class Waves(NamedTuple):
+    """Work for all cores: wave after wave, in each the items of a core behind those of another."""
+
+    phases: np.ndarray
+    bounds: np.ndarray  # of each core's part of `order`, for each wave
+    order: np.ndarray
+
+    @classmethod
+    def of(
+        cls, wanted: Iterable[tuple[int, np.ndarray]], sizes: np.ndarray, cores: int, last: int
+    ) -> "Waves":
+        """Share the items of each wave evenly; phase `last` reads what phase `last` - 1 read."""
+        phases, bounds, order, begin = [], [], [np.zeros(0, np.int64)], 0
+        for phase, items in wanted:
+            if len(items) == 0:
+                continue
+            ends = np.cumsum(sizes[items])
+            cuts = np.searchsorted(ends, ends[-1] * np.arange(1, cores) / cores)
+            for part in np.split(items, cuts):
+                order.append(part[::-1] if phase == last > 0 else part)  # the newest first
+            phases.append(phase)
+            bounds.append(begin + np.array([0, *cuts, len(items)], np.int64))
+            begin += len(items)
+        table = np.array(bounds, np.int64).reshape(-1, cores + 1)
+        return cls(np.array(phases, np.int64), table, np.concatenate(order))
+
+
+class Batch:
+    """Parameters that one kernel updates, and the tables that the kernel reads."""
+
+    def __init__(
+        self,
+        optimizer: GradientMethod,
+        program: Program,
+        chain: tuple[Transform, ...],
+        members: list[Member],
+    ) -> None:
+        self.optimizer, self.program, self.chain, self.members = optimizer, program, chain, members
+        self.params = [member.param for member in members]
+        self.parts = [local(param) for param in self.params]
+        self.strides = [part.stride() for part in self.parts]
+        self.sharded = any(map(is_sharded, self.params))
+        self.device = self.params[0].device
+        self.whole = [chain[j] for j in program.whole]
+        covers = [[f.covers(p) for p in self.params] for f in chain]
+        self.covers = np.array(covers, np.bool_).reshape(len(chain), len(members))
+        by_row = [f for f in chain if f.over == "row"]
+        self.by_row = [any(f.covers(p) for f in by_row) for p in self.params]
+        sizes = np.array([float(p.numel()) for p in self.params])
+        self.counts = torch.from_numpy(np.tile(sizes, (len(self.whole), 1)))
+        self.totals = torch.zeros_like(self.counts)
+        groups = [member.group for member in members]
+        spans = [(g, groups.index(g), groups.count(g)) for g in dict.fromkeys(groups)]
+        self.spans = [(g, slice(first, first + count)) for g, first, count in spans]
+        self.counts_steps = optimizer.counts_steps or program.stochastic
+        self.keys = [*program.state, *(["step"] if self.counts_steps else [])]
+        self.new = np.array([member.new for member in members], np.bool_)
+        self.tensors: list[list[Tensor]] = []
+        self.addresses: list[list[int]] = []
+        self.every: list[dict[str, Tensor]] = []
+        self.states: list[dict[str, Tensor]] = []
+
+    def has_form(self, role: int, tensors: list[Tensor]) -> bool:
+        """Whether tensors still are of the type and layout that the kernel was made for."""
+        if role == len(self.program.dtypes):  # the numbers of the steps
+            return all(t.dtype == torch.float32 and t.numel() == 1 for t in tensors)
+        if self.sharded and list(map(placements, tensors)) != list(map(placements, self.params)):
+            return False
+        parts = self.parts_of(tensors)
+        if not (set(map(type, parts)) <= PLAIN and set(map(LAYOUT, parts)) <= {torch.strided}):
+            return False
+        kinds = {(self.program.dtypes[role], self.device)}
+        same = set(map(KIND, parts)) <= kinds
+        return same and list(map(Tensor.stride, parts)) == self.strides
+
+    def parts_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return the parts that this process holds."""
+        return list(map(local, tensors)) if self.sharded else tensors
+
+    def find_states(self) -> list[dict[str, Tensor]]:
+        """Return each parameter's state; looked up again only if the optimizer's has changed."""
+        every = list(self.optimizer.state.values())
+        if len(every) != len(self.every) or not all(map(is_, every, self.every)):
+            self.states = [self.optimizer.state.get(p, {}) for p in self.params]
+            self.every = every
+        return self.states
+
+    def point(self, grads: list[Tensor]) -> bool:
+        """Look up all tensors again; return whether they still fit the kernel."""
+        states = self.find_states()
+        try:
+            rows = [self.params, grads, *(list(map(itemgetter(k), states)) for k in self.keys)]
+        except KeyError:
+            return False
+        known = self.tensors or [[] for _ in rows]
+        seen = [bool(old) and all(map(is_, row, old)) for row, old in zip(rows, known, strict=True)]
+        if not all(same or self.has_form(role, rows[role]) for role, same in enumerate(seen)):
+            return False
+        addresses = [list(map(Tensor.data_ptr, self.parts_of(row))) for row in rows]
+        if addresses != self.addresses:
+            for role, same in enumerate(seen):  # the same object may have got other memory
+                moved = same and addresses[role] != self.addresses[role]
+                if moved and not self.has_form(role, rows[role]):
+                    return False
+            self.place(addresses)
+        self.tensors, self.addresses = rows, addresses
+        return True
+
+    def written(self) -> None:
+        """Tell autograd what a kernel has written, and let go of the gradients."""
+        try:
+            increment_version(self.params)
+        except TypeError:  # before torch 2.5, one by one
+            for param in self.params:
+                increment_version(param)
+        self.tensors[1] = []
+        self.new[:] = False
+
+    def covers_of(self, q: int) -> Tensor:
+        """Which tensors the q-th whole stage covers."""
+        return torch.from_numpy(self.covers[self.program.whole[q]]).to(self.device)
+
+    def place(self, addresses: list[list[int]]) -> None:
+        """Hand the addresses to the kernel."""
+        raise NotImplementedError
+
+    def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Hand over what is new in this step: the gradient scale and the scalars of the rule."""
+        raise NotImplementedError
+
+    def reduce(self, q: int) -> None:
+        """Sum this process's parts for the q-th whole stage into `totals[q]`."""
+        raise NotImplementedError
+
+    def run(self, alone: bool) -> None:
+        """Update; `alone` says that the totals are still to be computed."""
+        raise NotImplementedError
+
+    def numbers_of(self, group: Group, lr: Any, step: Any) -> list[Any]:
+        """Return a row of the kernel's table: sign, decay, and the scalars of the rule."""
+        decay = group["weight_decay"]
+        rate = lr * decay if self.program.decay == "parameter" else decay
+        sign, decays = -1.0 if group["maximize"] else 1.0, float(decay != 0)
+        return [sign, decays, rate, *self.optimizer.scalars(group, lr, step)]
+
+    def seeds_of(self, group: Group, members: slice, steps: Any) -> Tensor:
+        """Return what the noise of each tensor starts from."""
+        index = torch.tensor([m.noise for m in self.members[members]])
+        return noise_seed(
+            group["rounding_seed"], torch.as_tensor(steps).long(), index.to(self.device)
+        )
+
+
+class CPUBatch(Batch):
+    """A batch whose kernel numba compiles."""
+
+    process: int | None = None  # where kernels have run: their threads do not survive a fork
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.wide = np.dtype(self.program.wide).type
+        self.kernel = load(cpu_source(self.program), self.program.rule.__name__).run
+        self.advance = load(CPU_STEPS, "steps").advance
+        size = len(self.params)
+        self.table = np.zeros((len(self.program.dtypes), size), np.int64)
+        self.seeds, self.classes = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self.numbers = np.zeros((1, 3 + len(self.program.scalars)), self.wide)
+        self.constants = np.array([c for f in self.chain for c in f.constants], self.wide)
+        self.scale = self.wide(1)
+        self.step_addresses = np.zeros(size * self.counts_steps, np.int64)
+        self.steps = np.zeros(size * self.counts_steps, np.float32)
+        self.cores = 0
+        self.arrange()
+        self.call(Waves.of([], self.sizes, self.cores, 0))  # compiles
+        self.advance(self.step_addresses[:0], self.steps[:0], np.float32(0))
+
+    def arrange(self) -> None:
+        """Cut the work into items, and say in which waves and by whom they are done."""
+        numba = importlib.import_module("numba")
+        cores = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        numba.set_num_threads(cores)
+        if cores == self.cores:
+            return
+        self.cores, last = cores, len(self.whole)
+        small = [last > 0 and part.numel() <= SMALL for part in self.parts]
+        chunks = [SMALL if s else CHUNK for s in small]
+        self.items, firsts = items_of(self.parts, self.by_row, chunks)
+        self.sizes, self.partial = self.items[:, 2] * self.items[:, 3], np.zeros(len(self.items))
+        each = [np.arange(*firsts[t : t + 2]) for t in range(len(small))]
+        everything = np.arange(len(self.items))
+        alone = [(last, everything)]
+        if last:
+            alone = [(last + 1, everything[np.repeat(small, np.diff(firsts))])]
+            for t in np.flatnonzero(~np.array(small, np.bool_)):
+                alone += [(phase, each[t]) for phase in range(last + 1)]
+        phases = [[(phase, everything)] for phase in range(last + 1)]
+        self.alone, *self.together = (
+            Waves.of(wanted, self.sizes, cores, last) for wanted in (alone, *phases)
+        )
+
+    def place(self, addresses: list[list[int]]) -> None:
+        roles = len(self.program.dtypes)
+        for role, row in enumerate(addresses):
+            if not self.addresses or row != self.addresses[role]:
+                place = self.table[role] if role < roles else self.step_addresses
+                place[:] = row
+
+    def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self.arrange()
+        self.scale = self.wide(1 if scale is None else 1 / scale.item())
+        self.advance(self.step_addresses, self.steps, np.float32(0))
+        rows: list[list[Any]] = []
+        for g, members in self.spans:
+            group = self.optimizer.param_groups[g]
+            lr = float(group["lr"])
+            steps = self.steps[members] + 1 if self.counts_steps else np.zeros(0, np.float32)
+            if self.program.stochastic:
+                self.seeds[members] = self.seeds_of(group, members, steps)
+            if not self.optimizer.counts_steps:
+                steps = np.where(self.new[members], 1, 2)
+            known, place = np.unique(steps, return_inverse=True)
+            self.classes[members] = len(rows) + place
+            rows += [self.numbers_of(group, lr, step) for step in known.tolist()]
+        self.numbers = np.array(rows, self.wide)
+
+    def call(self, waves: Waves) -> None:
+        CPUBatch.process = os.getpid()
+        self.kernel(
+            *waves,
+            self.items,
+            self.table,
+            self.covers,
+            self.classes,
+            self.numbers,
+            self.totals.numpy(),
+            self.counts.numpy(),
+            self.constants,
+            self.scale,
+            self.seeds,
+            self.partial,
+        )
+
+    def reduce(self, q: int) -> None:
+        self.totals[q] = 0
+        self.call(self.together[q])
+
+    def run(self, alone: bool) -> None:
+        if alone:
+            self.totals.zero_()
+        self.call(self.alone if alone else self.together[-1])
+        self.advance(self.step_addresses, self.steps, np.float32(1))
+        self.written()
+
+
+class GPUBatch(Batch):
+    """A batch whose kernels Triton compiles."""
+
+    BLOCK = 1024  # entries at once: with 128 threads, two loads of 16 bytes each for float32
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.kernels = load(gpu_source(self.program), f"{self.program.rule.__name__}_gpu")
+        self.wide = getattr(torch, self.program.wide)
+        size, processors = len(self.params), 1
+        if self.device.type == "cuda":
+            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        entries = sum(part.numel() for part in self.parts)
+        chunk = 1 << (entries // (8 * processors)).bit_length()  # several items per processor
+        chunk = min(max(chunk, 4 * self.BLOCK), 64 * self.BLOCK)
+        items, firsts = items_of(self.parts, self.by_row, [chunk] * size)
+        self.length = len(items)
+        self.items, self.firsts = self.on_device(items), self.on_device(firsts)
+        self.covers_there = self.on_device(self.covers.astype(np.int8))
+        self.classes = self.on_device(np.arange(size))
+        self.counts, self.totals = self.on_device(self.counts), self.on_device(self.totals)
+        constants = [c for f in self.chain for c in f.constants]
+        self.constants = self.on_device(constants or [0.0], self.wide)
+        self.one, self.zero = self.on_device([1.0], self.wide), self.on_device([0.0])
+        self.scale, self.found_inf = self.one, self.zero
+        self.partial = torch.zeros(self.length, dtype=torch.float64, device=self.device)
+        self.seeds = self.on_device(np.zeros(size, np.int64))
+        columns = 3 + len(self.program.scalars)
+        self.numbers = torch.zeros(size, columns, dtype=self.wide, device=self.device)
+        self.known: list[list[Any]] = [[None] * columns for _ in self.spans]
+        self.aligned = False
+
+    def on_device(self, values: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """Copy numbers to the device without waiting for it."""
+        there = torch.as_tensor(values, dtype=dtype)
+        if self.device.type == "cuda":
+            there = there.pin_memory()
+        return there.to(self.device, non_blocking=True)
+
+    def place(self, addresses: list[list[int]]) -> None:
+        table = np.array(addresses[: len(self.program.dtypes)], np.int64)
+        by_row = (int(part.numel() // part.shape[0]) for part in self.row_parts())
+        self.aligned = bool((table % 16 == 0).all()) and all(cols % 16 == 0 for cols in by_row)
+        self.table = self.on_device(table)
+
+    def row_parts(self) -> list[Tensor]:
+        return [p for p, row in zip(self.parts, self.by_row, strict=True) if row and p.numel()]
+
+    def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self.scale, self.found_inf = self.one, self.zero
+        if scale is not None:
+            self.scale = scale.double().reciprocal().to(self.device, self.wide)
+        if found_inf is not None:
+            self.found_inf = found_inf.to(self.device, torch.float32)
+        if self.counts_steps:
+            steps = torch.stack(self.tensors[-1]).double().reshape(-1) + 1
+        for (g, members), known in zip(self.spans, self.known, strict=True):
+            group = self.optimizer.param_groups[g]
+            lr = group["lr"]
+            lr = lr.double().reshape(()) if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
+            if self.program.stochastic:
+                self.seeds[members] = self.seeds_of(group, members, steps[members].long())
+            if self.optimizer.counts_steps:
+                step: Any = steps[members]
+            else:
+                new = self.new[members]
+                step = 1 if new.all() else 2
+                if new.any() and not new.all():
+                    step = self.on_device(np.where(new, 1.0, 2.0))
+            for column, value in enumerate(self.numbers_of(group, lr, step)):
+                if isinstance(value, Tensor) or known[column] != value:
+                    self.numbers[members, column] = value
+                known[column] = None if isinstance(value, Tensor) else value
+
+    def call(self, kernel: Any) -> None:
+        if self.length == 0:
+            return
+        arguments = (
+            self.items,
+            self.table,
+            self.covers_there,
+            self.totals,
+            self.counts,
+            self.constants,
+            self.scale,
+            self.found_inf,
+            self.partial,
+            self.classes,
+            self.numbers,
+            self.seeds,
+            len(self.params),
+            self.numbers.shape[1],
+        )
+        with on_its_device(self.device):
+            kernel[(self.length,)](
+                *arguments,
+                ALIGNED=self.aligned,
+                BLOCK=self.BLOCK,
+                num_warps=4,
+                enable_fp_fusion=False,  # one rounding per operation, as in eager steps
+            )
+
+    def reduce(self, q: int) -> None:
+        self.call(getattr(self.kernels, f"reduce_{self.program.whole[q]}"))
+        with on_its_device(self.device):
+            grid = (len(self.params),)
+            self.kernels.collect[grid](self.partial, self.firsts, self.totals[q], BLOCK=self.BLOCK)
+
+    def run(self, alone: bool) -> None:
+        if alone:
+            for q in range(len(self.whole)):
+                self.reduce(q)
+        self.call(self.kernels.update)
+        if self.counts_steps:
+            torch._foreach_add_(self.tensors[-1], 1)
+            if self.found_inf is not self.zero:
+                found = self.found_inf.reshape(self.tensors[-1][0].shape)
+                torch._foreach_sub_(self.tensors[-1], [found] * len(self.params))
+        self.written()
+
+
+def on_its_device(device: torch.device) -> Any:
+    """Return a context in which kernels are launched on a device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def is_aligned(part: Tensor, chain: Iterable[Transform]) -> bool:
+    """Whether a tensor, and each of its rows if they matter, begins where 16 bytes begin."""
+    rows = part.dim() > 1 and part.numel() > 0 and any(f.over == "row" for f in chain)
+    return part.data_ptr() % 16 == 0 and not (rows and (part.numel() // part.shape[0]) % 16)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which a chain computes."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def over_all(chain: Iterable[Any]) -> set[Transform]:
+    """Return the transforms of a chain that sum over all tensors."""
+    return {f for f in chain if isinstance(f, Transform) and f.over == "all"}
+
+
+def refuse(group: Group, reason: str) -> None:
+    """Raise where a group demands what a kernel cannot do."""
+    if group["fused"]:
+        raise RuntimeError(
+            f"fused=True: {reason}. With fused=None such parameters go the eager way"
+        )
+
+
+def signature_of(optimizer: GradientMethod) -> list[tuple[Any, ...]]:
+    """Return the options that decide what is compiled."""
+    found: list[tuple[Any, ...]] = [(os.getpid(),)]  # a forked process has no threads of kernels
+    for group in optimizer.param_groups:
+        rule, keys = optimizer.update_rule(group)
+        power: Any = optimizer.scalars(group, 1.0, 1) if "partial" in group else None
+        kinds = group["fused"], group["state_dtype"], group["stochastic_rounding"]
+        found.append((group["transforms"], rule, keys, power, *kinds))
+    return found
+
+
+def rounds_of(batches: Iterable["Batch"]) -> list[list[tuple["Batch", int]]]:
+    """Return which totals are summed together: all that need no other total that is to come."""
+    rest = [(batch, list(range(len(batch.whole)))) for batch in batches]
+    rounds = []
+    while any(waiting for _, waiting in rest):
+        ready = []
+        for batch, waiting in rest:
+            if waiting:
+                head = batch.whole[waiting[0]]
+                later = (head in [b.whole[q] for q in w] and b.whole[w[0]] != head for b, w in rest)
+                if head.over != "all" or not any(later):
+                    ready.append((batch, waiting[0]))
+        if not ready:
+            raise ValueError("transforms over all tensors stand in a different order in two groups")
+        for batch, waiting in rest:
+            if any(batch is b for b, _ in ready):
+                waiting.pop(0)
+        rounds.append(ready)
+    return rounds
+
+
+class Plan:
+    """How a step of an optimizer is split: batches for kernels, and parts for the eager way.
+
+    Args:
+        optimizer: the optimizer whose step it is.
+        grads: the gradient of each of its parameters, or None.
+
+    Raises:
+        RuntimeError: a group with ``fused=True`` cannot go through a kernel.
+
+    Source: chapter "One rule, three compilers".
+    """
+
+    def __init__(
+        self, optimizer: GradientMethod, params: list[Tensor], grads: list[Tensor | None]
+    ) -> None:
+        self.optimizer, self.params = optimizer, params
+        self.signature = signature_of(optimizer)
+        self.missing = [grad is None for grad in grads]
+        self.groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+        for group, _, members in optimizer._parts(grads):
+            optimizer._check_params(group, [params[i] for i in members])
+        self.recipes, self.fast = self.sort(grads)
+        self.pending: list[tuple[Tensor, str, Tensor]] = []
+        self.batches = self.make_batches(grads)
+        together = [batch for batch in self.batches if batch.whole and needs_others(batch)]
+        self.alone = [batch for batch in self.batches if batch not in together]
+        self.rounds = rounds_of(together)
+        self.places: list[dict[Any, Any]] = [{} for _ in self.rounds]
+        if any(is_sharded(param) for batch in together for param in batch.params):
+            from agrlib.distributed import places_of
+
+            self.places = [places_of([b.params for b, _ in ready]) for ready in self.rounds]
+        self.compiled = set(self.fast)
+        self.on_gpu = all(isinstance(batch, GPUBatch) for batch in self.batches)
+        self.rest = self.find_rest()
+        for ready in self.rounds:
+            for places in groups_over_all(ready).values():
+                count = sum(b.counts[q][b.covers_of(q)].sum().item() for b, q in places)
+                for batch, q in places:
+                    batch.counts[q] = count
+
+    def sort(self, grads: list[Tensor | None]) -> tuple[list[Recipe | None], list[int]]:
+        """Return each group's recipe, and the parameters that go through kernels."""
+        groups = self.optimizer.param_groups
+        recipes: list[Recipe | None] = []
+        for group in groups:
+            try:
+                recipes.append(recipe_of(self.optimizer, group))
+            except Unsupported as error:
+                refuse(group, str(error))
+                recipes.append(None)
+        fast, large = [], 0
+        for i, (param, grad, g) in enumerate(zip(self.params, grads, self.groups, strict=True)):
+            recipe = recipes[g]
+            if grad is None or recipe is None or groups[g]["fused"] is False:
+                continue
+            if reason := self.reason(groups[g], param, grad, recipe):
+                refuse(groups[g], reason)
+                continue
+            fast.append(i)
+            large += param.numel()
+        if large < WORTH_COMPILING:
+            fast = [i for i in fast if groups[self.groups[i]]["fused"]]
+        return recipes, self.without_conflicts(recipes, fast, grads)
+
+    def reason(self, group: Group, param: Tensor, grad: Tensor, recipe: Recipe) -> str | None:
+        """Say why a parameter cannot go through a kernel, or None."""
+        state = self.optimizer.state.get(param, {})
+        tensors = [state[key] for key in recipe.state if state.get(key) is not None]
+        rows = any(f.over == "row" for f in recipe.compiled)
+        return obstacle(param, [*([] if recipe.eager else [grad]), *tensors], rows)
+
+    def without_conflicts(
+        self, recipes: list[Recipe | None], fast: list[int], grads: list[Tensor | None]
+    ) -> list[int]:
+        """Take out groups that share a total over all tensors with parameters on the eager way."""
+        while True:
+            chosen, eager = set(fast), set()
+            for i, g in enumerate(self.groups):
+                recipe, chain = recipes[g], self.optimizer.param_groups[g]["transforms"]
+                if grads[i] is not None:
+                    eager |= over_all(recipe.eager if recipe and i in chosen else chain)
+            kept = []
+            for i in fast:
+                recipe = recipes[self.groups[i]]
+                assert recipe is not None
+                if shared := over_all(recipe.compiled) & eager:
+                    reason = f"{shared.pop()} also covers tensors that no kernel takes"
+                    refuse(self.optimizer.param_groups[self.groups[i]], reason)
+                else:
+                    kept.append(i)
+            if kept == fast:
+                return fast
+            fast = kept
+
+    def make_batches(self, grads: list[Tensor | None]) -> list[Batch]:
+        """Make the kernels, and the state that is missing."""
+        sorted_members: dict[Any, list[Member]] = {}
+        for i in self.fast:
+            param, grad, g = self.params[i], grads[i], self.groups[i]
+            group, recipe = self.optimizer.param_groups[g], self.recipes[g]
+            assert recipe is not None and grad is not None
+            state, new = self.optimizer.state.get(param, {}), False
+            kinds = [param.dtype, widened(grad.dtype) if recipe.eager else grad.dtype]
+            for key in recipe.state:
+                if state.get(key) is None:
+                    new = True
+                    made = self.optimizer._first_state(group, param, key)
+                    self.pending.append((param, key, made))
+                made = state.get(key)
+                kinds.append(state_dtype(group, param) if made is None else made.dtype)
+            self.add_step(group, param, state)
+            stochastic = bool(group["stochastic_rounding"]) and param.dtype == torch.bfloat16
+            stages = tuple(map(stage_of, recipe.compiled))
+            program = Program(
+                recipe.rule,
+                recipe.state,
+                stages,
+                self.optimizer.weight_decay_acts_on,
+                recipe.power,
+                tuple(kinds),
+                stochastic,
+            )
+            aligned = not takes_triton(param.device) or is_aligned(local(param), recipe.compiled)
+            place = (program, recipe.compiled, bool(recipe.eager), param.device, aligned)
+            member = Member(param, g, i, new, i + part_number(param))
+            sorted_members.setdefault(place, []).append(member)
+        batches: list[Batch] = []
+        for (program, chain, _, device, _), members in sorted_members.items():
+            kind = GPUBatch if takes_triton(device) else CPUBatch
+            batches.append(kind(self.optimizer, program, chain, members))
+        return batches
+
+    def add_step(self, group: Group, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Give a parameter the number of its steps, on its own device if a GPU kernel counts."""
+        if not (self.optimizer.counts_steps or group["stochastic_rounding"]):
+            return
+        home = param.device if takes_triton(param.device) else torch.device("cpu")
+        step = state.get("step")
+        if step is None or step.device != home:
+            made = torch.zeros((), device=home) if step is None else step.to(home)
+            self.pending.append((param, "step", made))
+
+    def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        """Whether the plan still is that of the optimizer; looks up all tensors again."""
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and [grad is None for grad in grads] == self.missing
+            and signature_of(self.optimizer) == self.signature
+            and all(
+                batch.point([grads[m.number] for m in batch.members])  # type: ignore[misc]
+                for batch in self.batches
+                if not self.waits(batch)
+            )
+        )
+
+    def waits(self, batch: Batch) -> bool:
+        """Whether users' functions come before the kernel of a batch."""
+        recipe = self.recipes[batch.members[0].group]
+        return recipe is not None and bool(recipe.eager)
+
+    def run(self, grads: list[Any], shaped: dict[int, Tensor]) -> None:
+        """Run the kernels.
+
+        Args:
+            grads: the gradient of each parameter, in the order of the groups.
+            shaped: what users' functions made of some of them, by number.
+        """
+        for param, key, tensor in self.pending:
+            self.optimizer.state[param][key] = tensor
+        self.pending = []
+        scale = getattr(self.optimizer, "grad_scale", None)
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        for batch in self.batches:
+            waits = self.waits(batch)
+            given = [
+                like_param(shaped[m.number], m.param) if waits else grads[m.number]
+                for m in batch.members
+            ]
+            if not batch.tensors or waits:
+                fits = batch.point(given)
+                assert fits, "a kernel was made for tensors of another form"
+            batch.count(None if waits else scale, found_inf)  # eager transforms unscaled already
+        for ready, places in zip(self.rounds, self.places, strict=True):
+            for batch, q in ready:
+                batch.reduce(q)
+            if places:
+                from agrlib.distributed import add_totals
+
+                add_totals(places, [batch.totals[q] for batch, q in ready])
+            for shared in groups_over_all(ready).values():
+                home = shared[0][0].device
+                total = torch.stack([b.totals[q].sum().to(home) for b, q in shared]).sum()
+                for batch, q in shared:
+                    batch.totals[q] = total.to(batch.device)
+        for batch in self.batches:
+            batch.run(alone=batch in self.alone)
+
+    def find_rest(self) -> list[tuple[Group, Chain, list[int]]]:
+        """What goes the eager way: a group, a chain, and the parameters that go through it."""
+        found = []
+        for g, group in enumerate(self.optimizer.param_groups):
+            ready = [i for i, h in enumerate(self.groups) if h == g and not self.missing[i]]
+            recipe = self.recipes[g]
+            found.append((group, group["transforms"], [i for i in ready if i not in self.compiled]))
+            if recipe is not None and recipe.eager:
+                found.append((group, recipe.eager, [i for i in ready if i in self.compiled]))
+        return [part for part in found if part[2]]
+
+
+def like_param(grad: Tensor, param: Tensor) -> Tensor:
+    """Return a gradient whose entries lie in memory as those of its parameter do."""
+    if grad.stride() == param.stride():
+        return grad
+    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def needs_others(batch: Batch) -> bool:
+    """Whether a total of the batch depends on other batches or on other processes."""
+    return any(f.over == "all" for f in batch.whole) or any(map(is_sharded, batch.params))
+
+
+def groups_over_all(ready: list[tuple[Batch, int]]) -> dict[Transform, list[tuple[Batch, int]]]:
+    """Return, for each transform over all tensors, where its total is needed."""
+    found: dict[Transform, list[tuple[Batch, int]]] = {}
+    for batch, q in ready:
+        if batch.whole[q].over == "all":
+            found.setdefault(batch.whole[q], []).append((batch, q))
+    return found
+
+
+def plan_for(
+    optimizer: GradientMethod, params: list[Tensor], grads: list[Tensor | None]
+) -> Plan | None:
+    """Return the plan of a step, the last one if it still fits; None if no kernel has a part."""
+    plan = optimizer.__dict__.pop("_plan", None)
+    if plan is None or not plan.fits(params, grads):
+        plan = Plan(optimizer, params, grads)
+    optimizer.__dict__["_plan"] = plan
+    return plan if plan.batches else None
