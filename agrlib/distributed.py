@@ -4,7 +4,7 @@
 Derived in the chapter "Sums over shards".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,9 +48,16 @@ def why_not(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None:
     for tensor in tensors:
         if not isinstance(tensor, DTensor) or tensor.placements != param.placements:
             return "a gradient or state is placed otherwise than its parameter"
-    if rows and any(place.is_shard() and not place.is_shard(0) for place in param.placements):
+    if rows and any(getattr(place, "dim", 0) != 0 for place in param.placements):
         return "the rows of a parameter are split between processes"
     return None
+
+
+def map_part(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply an elementwise function to the part of a DTensor that this process holds."""
+    assert isinstance(tensor, DTensor)
+    part, form = function(tensor.to_local()), (tensor.device_mesh, tensor.placements)
+    return DTensor.from_local(part, *form, shape=tensor.shape, stride=tensor.stride())
 
 
 def shard_number(tensor: Tensor) -> int:
@@ -61,37 +68,41 @@ def shard_number(tensor: Tensor) -> int:
     return number
 
 
-def places_of(params: Sequence[Sequence[Tensor]]) -> dict[MeshDimension, list[list[int]]]:
-    """Return, for each mesh dimension, which tensors of each list are split along it.
+def places_of(tensors: Sequence[tuple[int, Tensor]]) -> dict[MeshDimension, Tensor]:
+    """Return, for each mesh dimension, the places of the tensors that are split along it.
+
+    Processes may hold their tensors in different orders, a GPU kernel's batches by the alignment of
+    the part at hand. The places, and the dimensions with them, come in the order of the numbers.
 
     Args:
-        params: lists of tensors, in the same order on every process.
+        tensors: pairs of a number, the same on every process, and a tensor.
 
     Source: chapter "Sums over shards".
     """
-    found: dict[MeshDimension, list[list[int]]] = {}
-    for row, tensors in enumerate(params):
-        for t, tensor in enumerate(tensors):
-            for dimension in split_over(tensor):
-                found.setdefault(dimension, [[] for _ in params])[row].append(t)
-    return found
+    found: dict[MeshDimension, list[int]] = {}
+    for place in sorted(range(len(tensors)), key=lambda place: tensors[place][0]):
+        for dimension in split_over(tensors[place][1]):
+            found.setdefault(dimension, []).append(place)
+    return {
+        dimension: torch.tensor(places, device=tensors[places[0]][1].device)
+        for dimension, places in found.items()
+    }
 
 
-def add_totals(places: dict[MeshDimension, list[list[int]]], totals: Sequence[Tensor]) -> None:
+def add_totals(places: dict[MeshDimension, Tensor], totals: Sequence[Tensor]) -> None:
     """Add up the totals of parts to totals of tensors, in place: one all-reduce per mesh dimension.
 
     Args:
-        places: what `places_of` returned for the tensors behind the totals.
+        places: what `places_of` returned for the tensors behind the totals, in their order.
         totals: vectors of float64, each entry the total of this process's part of one tensor.
 
     Source: chapter "Sums over shards".
     """
-    for (mesh, dimension), rows in places.items():
-        pairs = [
-            (vector, torch.as_tensor(row)) for vector, row in zip(totals, rows, strict=True) if row
-        ]
-        sent = torch.cat([vector[row] for vector, row in pairs])
+    home = next(iter(places.values())).device
+    whole = torch.cat([vector.to(home) for vector in totals])
+    for (mesh, dimension), place in places.items():
+        sent = whole[place]
         dist.all_reduce(sent, group=mesh.get_group(dimension))
-        parts = sent.split([len(row) for _, row in pairs])
-        for (vector, row), whole in zip(pairs, parts, strict=True):
-            vector[row] = whole
+        whole[place] = sent
+    for vector, part in zip(totals, whole.split([len(v) for v in totals]), strict=True):
+        vector.copy_(part)

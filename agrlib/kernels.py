@@ -38,6 +38,7 @@ from agrlib.optimizer import (
     decay_gradient,
     decay_parameter,
     noise_seed,
+    part_number,
     state_dtype,
 )
 
@@ -336,6 +337,8 @@ def power_text(program: Program, decorator: str, general: str) -> str:
     """Return the text of `power` for the exponents 1, 1/2, 1/4, ..., for 0, and for all others."""
     if program.power in ("", "general"):
         return general if program.power else ""
+    if program.power == "one":
+        return f"{decorator}\ndef power(x, y):  # y = 0\n    return where(x == x, y, y) + 1"
     value = "x"
     for _ in range(int(program.power)):
         value = f"sqrt({value})"
@@ -672,7 +675,23 @@ def to_bfloat16_stochastically(x, seed, i):
 GPU_POWER = """
 @triton.jit
 def power(x, y):  # x >= 0, y > 0
-    return tl.where(x == 0, x, tl.exp2(y * tl.log2(x)))
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) - 127).to(tl.float32)
+    m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)  # in [1, 2)
+    large = m > 1.4142135
+    exponent = tl.where(large, exponent + 1, exponent)
+    m = tl.where(large, 0.5 * m, m)
+    product = y * exponent  # and what its rounding has lost:
+    lost = tl.fma(exponent, y + tl.zeros_like(exponent), -product)
+    whole = tl.floor(product + 0.5)
+    scale = ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    result = tl.exp2((product - whole) + lost + y * tl.log2(m)) * scale
+    return tl.where(x > 0, tl.where(x < float("inf"), result, x), x)
+"""
+GPU_POWER_FLOAT64 = """
+@triton.jit
+def power(x, y):  # x >= 0, y > 0
+    return tl.where(x > 0, tl.exp2(y * tl.log2(x)), x)
 """
 
 
@@ -699,7 +718,8 @@ def gpu_source(program: Program) -> str:
     parts = [GPU_HEADER.strip("\n").format(**exact)]
     if torch.bfloat16 in program.dtypes:
         parts.append(GPU_BFLOAT16.strip("\n"))
-    if text := power_text(program, "@triton.jit", GPU_POWER.strip("\n")):
+    general = GPU_POWER_FLOAT64 if program.wide == "float64" else GPU_POWER
+    if text := power_text(program, "@triton.jit", general.strip("\n")):
         parts.append(text)
     parts += functions(program, "@triton.jit", exact_division=True)
     parts += [gpu_sum(program, j) for j, stage in enumerate(program.stages) if stage.over]
@@ -904,15 +924,6 @@ def can_import(name: str) -> bool:
     return True
 
 
-def part_number(tensor: Tensor) -> int:
-    """Return a number of the part that this process holds, in the bits above those of indices."""
-    if not is_sharded(tensor):
-        return 0
-    from agrlib.distributed import shard_number
-
-    return shard_number(tensor) << 16
-
-
 def missing_compiler(device: torch.device) -> str | None:
     """Say why no kernel can be made for a device, or None."""
     if takes_triton(device):
@@ -1010,12 +1021,12 @@ def exponents(rule: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def power_of(rule: Callable[..., Any], keys: tuple[str, ...], scalars: Sequence[Any]) -> str:
-    """Return how `power` is computed: "2" for two square roots, "general", or "" without any."""
+    """Return how `power` is computed: "2" for two roots, "one", "general", or "" without any."""
     if not (raised := exponents(rule)):
         return ""
     names = [a.arg for a in read(rule).args.args][2 + len(keys) :]
     values: set[Any] = {dict(zip(names, scalars, strict=True)).get(name) for name in raised}
-    roots = {0.5**k: str(k) for k in range(5)}
+    roots = {0.0: "one"} | {0.5**k: str(k) for k in range(5)}
     return roots.get(values.pop(), "general") if len(values) == 1 else "general"
 
 
@@ -1345,6 +1356,8 @@ class GPUBatch(Batch):
         self.numbers = torch.zeros(size, columns, dtype=self.wide, device=self.device)
         self.known: list[list[Any]] = [[None] * columns for _ in self.spans]
         self.aligned = False
+        self.spare: Tensor | None = None
+        self.recorded: list[Tensor] = []
 
     def on_device(self, values: Any, dtype: torch.dtype | None = None) -> Tensor:
         """Copy numbers to the device without waiting for it."""
@@ -1354,15 +1367,31 @@ class GPUBatch(Batch):
         return there.to(self.device, non_blocking=True)
 
     def place(self, addresses: list[list[int]]) -> None:
-        table = np.array(addresses[: len(self.program.dtypes)], np.int64)
-        by_row = (int(part.numel() // part.shape[0]) for part in self.row_parts())
-        self.aligned = bool((table % 16 == 0).all()) and all(cols % 16 == 0 for cols in by_row)
-        self.table = self.on_device(table)
+        table = torch.tensor(addresses[: len(self.program.dtypes)])
+        columns = (part.numel() // part.shape[0] for part in self.row_parts())
+        self.aligned = not (table % 16).any() and all(cols % 16 == 0 for cols in columns)
+        if not self.capturing:
+            self.table = self.on_device(table)
+        elif self.spare is not None:  # every replay copies it again, so it must stay as it is
+            self.table = torch.empty_like(table, device=self.device)
+            self.table.copy_(self.spare.copy_(table), non_blocking=True)
+            self.recorded.append(self.spare)
+            self.spare = None
+        else:
+            raise RuntimeError("take one step outside of a CUDA graph before recording another")
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being recorded; memory of the host cannot be pinned then."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def row_parts(self) -> list[Tensor]:
         return [p for p, row in zip(self.parts, self.by_row, strict=True) if row and p.numel()]
 
     def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if self.spare is None and not self.capturing:
+            self.spare = torch.empty(len(self.program.dtypes), len(self.params), dtype=torch.int64)
+            self.spare = self.spare.pin_memory() if self.device.type == "cuda" else self.spare
         self.scale, self.found_inf = self.one, self.zero
         if scale is not None:
             self.scale = scale.double().reciprocal().to(self.device, self.wide)
@@ -1528,7 +1557,8 @@ class Plan:
         if any(is_sharded(param) for batch in together for param in batch.params):
             from agrlib.distributed import places_of
 
-            self.places = [places_of([b.params for b, _ in ready]) for ready in self.rounds]
+            found = [[m for b, _ in ready for m in b.members] for ready in self.rounds]
+            self.places = [places_of([(m.number, m.param) for m in ms]) for ms in found]
         self.compiled = set(self.fast)
         self.on_gpu = all(isinstance(batch, GPUBatch) for batch in self.batches)
         self.rest = self.find_rest()
@@ -1710,7 +1740,8 @@ class Plan:
 
 def like_param(grad: Tensor, param: Tensor) -> Tensor:
     """Return a gradient whose entries lie in memory as those of its parameter do."""
-    if grad.stride() == param.stride():
+    placed = getattr(grad, "placements", None) == getattr(param, "placements", None)
+    if placed and local(grad).stride() == local(param).stride():
         return grad
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 

@@ -309,8 +309,21 @@ def noise_seed(seed: int, step: Any, index: Any) -> Any:
     return mix(mix(((seed ^ (seed >> 32)) + step) & 0xFFFFFFFF) ^ index)
 
 
+def part_number(tensor: Tensor) -> int:
+    """Return a number of the part that this process holds, in the bits above those of indices."""
+    if not hasattr(tensor, "to_local"):
+        return 0
+    from agrlib.distributed import shard_number
+
+    return shard_number(tensor) << 16
+
+
 def round_stochastically(value: Tensor, seed: Any) -> Tensor:
     """Round float32 to bfloat16, up or down with the probabilities that keep the mean."""
+    if hasattr(value, "to_local"):  # lies on several processes, each of which rounds its part
+        from agrlib.distributed import map_part
+
+        return map_part(functools.partial(round_stochastically, seed=seed), value)
     place = torch.arange(value.numel(), device=value.device).reshape(value.shape)
     noise = (mix((seed ^ place) & 0xFFFFFFFF) & 0xFFFF).to(torch.int32)
     rounded = ((value.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
@@ -701,7 +714,8 @@ class GradientMethod(RecordedOptimizer):
         value, *outputs = result
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
             assert count is not None
-            seed = noise_seed(group["rounding_seed"], count.long(), index)
+            number = index + part_number(param)
+            seed = noise_seed(group["rounding_seed"], count.long(), number)
             value = round_stochastically(value, seed.to(value.device))  # the same after resuming
         for key, tensor, output in zip(keys, old, outputs, strict=True):
             new = like(output, tensor)
