@@ -555,6 +555,7 @@ def measure_set(name: str, settings: Settings) -> dict[str, Any]:
     tensors = Tensors(settings.shapes(name), settings.device)
     entrants = contenders(settings.methods)
     steps, unavailable = start(entrants, tensors)
+    torch.set_num_threads(settings.threads)  # loading a compiler may have changed it
     machine = yardsticks(settings.device, 2**16 if settings.quick else 2**26)
     extra = {key: extra_memory(step, settings.device) for key, step in steps.items()}
     timed = {**steps, **{key: step for key, (step, _) in machine.items()}}
@@ -915,6 +916,8 @@ def plot(results: dict[str, Any], name: str, axes: Any) -> None:
 
     Source: chapter "The roofline".
     """
+    from matplotlib.ticker import LogLocator
+
     from agrlib.experiment import COLORS
 
     looks = {"agrlib fast": "blue D", "agrlib eager": "green ^", "torch": "grey o"}
@@ -934,6 +937,9 @@ def plot(results: dict[str, Any], name: str, axes: Any) -> None:
     axes.set_yticks(range(len(rows)), list(rows), fontsize=7.5)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="time of a step / time of torch's fused AdamW")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.legend(fontsize=8)
 
 

@@ -9,31 +9,34 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed import ProcessGroup
 
-MeshDimension = tuple[DeviceMesh, int]
+try:
+    from torch.distributed.tensor import DTensor
+except ImportError:  # torch 2.4
+    from torch.distributed._tensor import DTensor  # type: ignore[attr-defined]
 
 
-def split_over(tensor: Tensor) -> list[MeshDimension]:
-    """Return the mesh dimensions along which the processes hold different parts of a tensor.
+def split_over(tensor: Tensor) -> list[ProcessGroup]:
+    """Return the groups of processes that hold different parts of a tensor, one per mesh dimension.
 
-    Along all others they hold copies, and adding copies up would count them twice.
+    Along all other dimensions they hold copies, and adding copies up would count them twice.
 
     Args:
         tensor: a plain tensor, which has none, or a DTensor.
 
     Raises:
-        RuntimeError: the tensor is a sum that is still to be carried out (``Partial``).
+        RuntimeError: the tensor is a sum that is still to be carried out (`Partial`).
 
     Source: chapter "Sums over shards".
     """
     if not isinstance(tensor, DTensor):
         return []
     if any(placement.is_partial() for placement in tensor.placements):
-        raise RuntimeError("a gradient is Partial: redistribute it before the step")
+        raise RuntimeError("a Partial tensor is a sum that is still to be carried out")
     mesh = tensor.device_mesh
-    return [(mesh, d) for d, place in enumerate(tensor.placements) if not place.is_replicate()]
+    split = [d for d, place in enumerate(tensor.placements) if not place.is_replicate()]
+    return [mesh.get_group(dimension) for dimension in split]
 
 
 def why_not(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None:
@@ -46,6 +49,8 @@ def why_not(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None:
     """
     assert isinstance(param, DTensor)
     for tensor in tensors:
+        if isinstance(tensor, DTensor) and any(p.is_partial() for p in tensor.placements):
+            return "a gradient is Partial, a sum that is still to be carried out"
         if not isinstance(tensor, DTensor) or tensor.placements != param.placements:
             return "a gradient or state is placed otherwise than its parameter"
     if rows and any(getattr(place, "dim", 0) != 0 for place in param.placements):
@@ -63,34 +68,34 @@ def map_part(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 def shard_number(tensor: Tensor) -> int:
     """Return a number that the parts of a tensor do not share, but copies of a part do."""
     number = 0
-    for mesh, dimension in split_over(tensor):
-        number = number * mesh.size(dimension) + mesh.get_local_rank(dimension)
+    for group in split_over(tensor):
+        number = number * group.size() + group.rank()
     return number
 
 
-def places_of(tensors: Sequence[tuple[int, Tensor]]) -> dict[MeshDimension, Tensor]:
-    """Return, for each mesh dimension, the places of the tensors that are split along it.
+def places_of(tensors: Sequence[tuple[int, Tensor]]) -> dict[ProcessGroup, Tensor]:
+    """Return, for each group of processes, the places of the tensors that are split among it.
 
-    Processes may hold their tensors in different orders, a GPU kernel's batches by the alignment of
-    the part at hand. The places, and the dimensions with them, come in the order of the numbers.
+    Two processes may hold their tensors in different orders: a kernel takes tensors together by the
+    alignment of their parts. The places, and the groups with them, come in the order of numbers.
 
     Args:
         tensors: pairs of a number, the same on every process, and a tensor.
 
     Source: chapter "Sums over shards".
     """
-    found: dict[MeshDimension, list[int]] = {}
+    found: dict[ProcessGroup, list[int]] = {}
     for place in sorted(range(len(tensors)), key=lambda place: tensors[place][0]):
-        for dimension in split_over(tensors[place][1]):
-            found.setdefault(dimension, []).append(place)
+        for group in split_over(tensors[place][1]):
+            found.setdefault(group, []).append(place)
     return {
-        dimension: torch.tensor(places, device=tensors[places[0]][1].device)
-        for dimension, places in found.items()
+        group: torch.tensor(places, device=tensors[places[0]][1].device)
+        for group, places in found.items()
     }
 
 
-def add_totals(places: dict[MeshDimension, Tensor], totals: Sequence[Tensor]) -> None:
-    """Add up the totals of parts to totals of tensors, in place: one all-reduce per mesh dimension.
+def add_totals(places: dict[ProcessGroup, Tensor], totals: Sequence[Tensor]) -> None:
+    """Add up the totals of parts to totals of tensors, in place: one all-reduce per group.
 
     Args:
         places: what `places_of` returned for the tensors behind the totals, in their order.
@@ -100,9 +105,9 @@ def add_totals(places: dict[MeshDimension, Tensor], totals: Sequence[Tensor]) ->
     """
     home = next(iter(places.values())).device
     whole = torch.cat([vector.to(home) for vector in totals])
-    for (mesh, dimension), place in places.items():
+    for group, place in places.items():
         sent = whole[place]
-        dist.all_reduce(sent, group=mesh.get_group(dimension))
+        dist.all_reduce(sent, group=group)
         whole[place] = sent
     for vector, part in zip(totals, whole.split([len(v) for v in totals]), strict=True):
         vector.copy_(part)

@@ -56,13 +56,14 @@ PRIMITIVES: dict[str, tuple[Any, ...]] = {
 }
 GRAMMAR = (
     ast.Assign | ast.Return | ast.Tuple | ast.BinOp | ast.UnaryOp | ast.Compare | ast.Call,
-    ast.Name | ast.expr_context | ast.operator | ast.USub | ast.cmpop,
+    ast.Name | ast.expr_context | ast.Add | ast.Sub | ast.Mult | ast.Div | ast.USub,
+    ast.Lt | ast.LtE | ast.Gt | ast.GtE | ast.Eq | ast.NotEq,
 )
 
 
 @functools.cache
 def read(function: Callable[..., Any]) -> ast.FunctionDef:
-    """Return the syntax of a function in rule arithmetic, without docstring and decorators.
+    """Return the syntax of a function in rule arithmetic, without all that does not compute.
 
     Args:
         function: assignments and one return of ``+ - * /``, comparisons and the primitives.
@@ -86,14 +87,17 @@ def read(function: Callable[..., Any]) -> ast.FunctionDef:
     if not isinstance(node, ast.FunctionDef):
         raise Unsupported(f"{name} is no function written with def")
     node = copy.deepcopy(node)
-    node.decorator_list = []
+    node.decorator_list, node.returns = [], None
+    for argument in node.args.args:
+        argument.annotation = None
     if ast.get_docstring(node) is not None:
         del node.body[0]
     for part in itertools.chain.from_iterable(map(ast.walk, node.body)):
         if isinstance(part, ast.Constant):
             raise Unsupported(f"{name} holds the literal {part.value!r}: pass it as a scalar")
-        if not isinstance(part, GRAMMAR[0] | GRAMMAR[1]) or isinstance(part, ast.Pow | ast.MatMult):
-            raise Unsupported(f"{name} holds more than plain arithmetic: {ast.unparse(part)}")
+        if not isinstance(part, GRAMMAR[0] | GRAMMAR[1] | GRAMMAR[2]):
+            shown = ast.unparse(part) or type(part).__name__
+            raise Unsupported(f"{name} holds more than plain arithmetic: {shown}")
         if isinstance(part, ast.Call):
             called = getattr(part.func, "id", "")
             meant = function.__globals__.get(called, getattr(builtins, called, None))
@@ -151,8 +155,9 @@ class Program(NamedTuple):
 
     @property
     def scalars(self) -> list[str]:
-        """The names of the rule's scalars."""
-        return [a.arg for a in read(self.rule).args.args][2 + len(self.state) :]
+        """The names of the rule's scalars, marked: a kernel has names of its own."""
+        names = [a.arg for a in read(self.rule).args.args][2 + len(self.state) :]
+        return [f"the_{name}" for name in names]
 
 
 def text_of(function: Callable[..., Any], name: str, decorator: str, exact_division: bool) -> str:
@@ -256,6 +261,8 @@ def maximum(x, y):
 def where(condition, x, y):
     return x if condition else y
 """
+
+
 CPU_TYPES = {
     torch.float32: ("np.float32", "{}", "{}"),
     torch.float64: ("np.float64", "F({})", "{}"),
@@ -306,6 +313,8 @@ def to_float16(typing, x):
 
     return types.uint16(types.float32), build
 """
+
+
 CPU_POWER = """
 @njit(**EXACT)
 def power(x, y):  # x >= 0, y > 0, through the logarithm in double precision
@@ -338,7 +347,8 @@ def power_text(program: Program, decorator: str, general: str) -> str:
     if program.power in ("", "general"):
         return general if program.power else ""
     if program.power == "one":
-        return f"{decorator}\ndef power(x, y):  # y = 0\n    return where(x == x, y, y) + 1"
+        one = "F(1)" if "njit" in decorator else "where(x == x, y, y) + 1"
+        return f"{decorator}\ndef power(x, y):  # y = 0\n    return {one}"
     value = "x"
     for _ in range(int(program.power)):
         value = f"sqrt({value})"
@@ -358,7 +368,7 @@ def cpu_source(program: Program) -> str:
         >>> print(text[text.index("        x = ") : text.index("a0[i] =")].rstrip())
                 x = sign * (scale * a1[i])
                 p = a0[i]
-                p, = rule(x, p, lr)
+                p, = rule(x, p, the_lr)
 
     Source: chapter "One rule, three compilers".
     """
@@ -641,6 +651,8 @@ def collect(partial, firsts, totals, BLOCK: tl.constexpr):
         sums += tl.load(partial + i, mask=i < stop, other=0.0)
     tl.store(totals + t, tl.sum(sums))
 """
+
+
 GPU_FLOAT32 = dict(sqrt="tl.sqrt_rn(x)", divide="tl.div_rn(x, y)")  # IEEE, as in eager steps
 GPU_FLOAT64 = dict(sqrt="tl.sqrt(x)", divide="x / y")
 GPU_TYPES = {
@@ -649,6 +661,8 @@ GPU_TYPES = {
     torch.bfloat16: "tl.bfloat16",
     torch.float16: "tl.float16",
 }
+
+
 GPU_BFLOAT16 = """
 @triton.jit
 def to_bfloat16(x):
@@ -672,6 +686,8 @@ def to_bfloat16_stochastically(x, seed, i):
     rounded = ((bits + noise) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), rounded, to_bfloat16(x))
 """
+
+
 GPU_POWER = """
 @triton.jit
 def power(x, y):  # x >= 0, y > 0
@@ -881,8 +897,11 @@ def gpu_update(program: Program) -> str:
     return f"@triton.jit\ndef update({GPU_ARGUMENTS}):\n{indent(lines, 1)}"
 
 
-KIND, LAYOUT = attrgetter("dtype", "device"), attrgetter("layout")
+KIND = attrgetter("dtype", "device")
+SHAPE, LAYOUT = attrgetter("shape"), attrgetter("layout")
 PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
+
+
 CHUNK = 16384  # entries of an item on the CPU: with its state it fits in the second-level cache
 SMALL = 131072  # a tensor up to this size is summed and updated by one core, from its cache
 ROLES = ("parameter", "gradient")
@@ -900,8 +919,7 @@ def takes_triton(device: torch.device) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, whose parts lie on several processes."""
-    found = sys.modules.get("torch.distributed.tensor")
-    return found is not None and isinstance(tensor, found.DTensor)
+    return hasattr(type(tensor), "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -924,6 +942,11 @@ def can_import(name: str) -> bool:
     return True
 
 
+def lost_threads() -> bool:
+    """Whether this process was forked from one in which kernels had run."""
+    return CPUBatch.process not in (None, os.getpid())
+
+
 def missing_compiler(device: torch.device) -> str | None:
     """Say why no kernel can be made for a device, or None."""
     if takes_triton(device):
@@ -932,7 +955,7 @@ def missing_compiler(device: torch.device) -> str | None:
         return f"there are kernels for CPU and CUDA tensors, not for {device.type} tensors"
     if not can_import("numba"):
         return "numba is not installed: pip install 'agrlib[cpu]'"
-    if CPUBatch.process not in (None, os.getpid()):
+    if lost_threads():
         return "this process was forked after kernels had run, and their threads did not survive"
     return None
 
@@ -954,7 +977,12 @@ def dense_in(tensor: Tensor, rows: bool) -> bool:
         if extent != 1 and stride != size:
             return False
         size *= extent
-    return not rows or tensor.stride(0) * tensor.shape[0] == tensor.numel()
+    return not rows or len(tensor) == 1 or tensor.stride(0) * len(tensor) == tensor.numel()
+
+
+def same_layout(shape: Sequence[int], first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether strides place all entries alike; that of an axis of length 1 says nothing."""
+    return all(a == b or n == 1 for n, a, b in zip(shape, first, second, strict=True))
 
 
 def obstacle(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None:
@@ -977,7 +1005,7 @@ def obstacle(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None
             return f"there is no kernel for {tensor.dtype}"
         if tensor.device != param.device:
             return "a gradient or state is on another device than its parameter"
-        if local(tensor).stride() != part.stride():
+        if not same_layout(part.shape, local(tensor).stride(), part.stride()):
             return "a gradient or state has other strides than its parameter"
     return None
 
@@ -1015,7 +1043,7 @@ def refusal(function: Callable[..., Any]) -> str | None:
 
 @functools.cache
 def exponents(rule: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the arguments of a rule that it raises something to."""
+    """Return to what a rule, or a function of a transform, raises something."""
     calls = [node for node in ast.walk(read(rule)) if isinstance(node, ast.Call)]
     return tuple(ast.unparse(c.args[1]) for c in calls if getattr(c.func, "id", "") == "power")
 
@@ -1025,7 +1053,11 @@ def power_of(rule: Callable[..., Any], keys: tuple[str, ...], scalars: Sequence[
     if not (raised := exponents(rule)):
         return ""
     names = [a.arg for a in read(rule).args.args][2 + len(keys) :]
-    values: set[Any] = {dict(zip(names, scalars, strict=True)).get(name) for name in raised}
+    known = dict(zip(names, scalars, strict=True))
+    for node in ast.walk(read(rule)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            known.pop(node.id, None)  # the rule itself changes it
+    values: set[Any] = {known.get(name) for name in raised}
     roots = {0.0: "one"} | {0.5**k: str(k) for k in range(5)}
     return roots.get(values.pop(), "general") if len(values) == 1 else "general"
 
@@ -1040,6 +1072,9 @@ def recipe_of(optimizer: GradientMethod, group: Group) -> Recipe:
     if group["fused"] and any(reasons):
         raise Unsupported(next(filter(None, reasons)))
     cut = max((i + 1 for i, reason in enumerate(reasons) if reason), default=0)
+    parts = [f for t in chain[cut:] for f in (t.summand, t.finish, t.apply) if f is not None]
+    if any(map(exponents, parts)):
+        power = "general"
     return Recipe(Chain(chain[:cut]), tuple(chain[cut:]), rule, keys, power)
 
 
@@ -1112,6 +1147,7 @@ class Batch:
         self.params = [member.param for member in members]
         self.parts = [local(param) for param in self.params]
         self.strides = [part.stride() for part in self.parts]
+        self.shapes = [part.shape for part in self.parts]
         self.sharded = any(map(is_sharded, self.params))
         self.device = self.params[0].device
         self.whole = [chain[j] for j in program.whole]
@@ -1143,8 +1179,13 @@ class Batch:
         if not (set(map(type, parts)) <= PLAIN and set(map(LAYOUT, parts)) <= {torch.strided}):
             return False
         kinds = {(self.program.dtypes[role], self.device)}
-        same = set(map(KIND, parts)) <= kinds
-        return same and list(map(Tensor.stride, parts)) == self.strides
+        if not set(map(KIND, parts)) <= kinds:
+            return False
+        if role != 1 and list(map(SHAPE, parts)) != self.shapes:  # torch checks a gradient's
+            return False
+        strides = list(map(Tensor.stride, parts))
+        alike = map(same_layout, self.shapes, strides, self.strides)
+        return strides == self.strides or all(alike)
 
     def parts_of(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the parts that this process holds."""
@@ -1231,6 +1272,7 @@ class CPUBatch(Batch):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.numba = importlib.import_module("numba")
         self.wide = np.dtype(self.program.wide).type
         self.kernel = load(cpu_source(self.program), self.program.rule.__name__).run
         self.advance = load(CPU_STEPS, "steps").advance
@@ -1249,9 +1291,7 @@ class CPUBatch(Batch):
 
     def arrange(self) -> None:
         """Cut the work into items, and say in which waves and by whom they are done."""
-        numba = importlib.import_module("numba")
-        cores = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(cores)
+        cores = min(torch.get_num_threads(), self.numba.config.NUMBA_NUM_THREADS)
         if cores == self.cores:
             return
         self.cores, last = cores, len(self.whole)
@@ -1298,6 +1338,8 @@ class CPUBatch(Batch):
 
     def call(self, waves: Waves) -> None:
         CPUBatch.process = os.getpid()
+        threads, others = torch.get_num_threads(), self.numba.get_num_threads()
+        self.numba.set_num_threads(self.cores)
         self.kernel(
             *waves,
             self.items,
@@ -1312,6 +1354,9 @@ class CPUBatch(Batch):
             self.seeds,
             self.partial,
         )
+        self.numba.set_num_threads(others)  # for the user's own kernels
+        if torch.get_num_threads() != threads:  # numba's first launch sets it for all of OpenMP
+            torch.set_num_threads(threads)
 
     def reduce(self, q: int) -> None:
         self.totals[q] = 0
@@ -1495,12 +1540,11 @@ def refuse(group: Group, reason: str) -> None:
 
 def signature_of(optimizer: GradientMethod) -> list[tuple[Any, ...]]:
     """Return the options that decide what is compiled."""
-    found: list[tuple[Any, ...]] = [(os.getpid(),)]  # a forked process has no threads of kernels
+    found: list[tuple[Any, ...]] = []
     for group in optimizer.param_groups:
         rule, keys = optimizer.update_rule(group)
-        power: Any = optimizer.scalars(group, 1.0, 1) if "partial" in group else None
         kinds = group["fused"], group["state_dtype"], group["stochastic_rounding"]
-        found.append((group["transforms"], rule, keys, power, *kinds))
+        found.append((group["transforms"], rule, keys, *kinds))
     return found
 
 
@@ -1674,15 +1718,24 @@ class Plan:
         """Whether the plan still is that of the optimizer; looks up all tensors again."""
         return (
             len(params) == len(self.params)
+            and not (lost_threads() and any(isinstance(b, CPUBatch) for b in self.batches))
             and all(map(is_, params, self.params))
             and [grad is None for grad in grads] == self.missing
             and signature_of(self.optimizer) == self.signature
+            and all(map(self.has_power, self.optimizer.param_groups, self.recipes))
             and all(
                 batch.point([grads[m.number] for m in batch.members])  # type: ignore[misc]
                 for batch in self.batches
                 if not self.waits(batch)
             )
         )
+
+    def has_power(self, group: Group, recipe: Recipe | None) -> bool:
+        """Whether a kernel still raises to the exponents that the group asks for."""
+        if recipe is None or recipe.power in ("", "general"):
+            return True
+        scalars = self.optimizer.scalars(group, 1.0, 1)
+        return recipe.power == power_of(recipe.rule, recipe.state, scalars)
 
     def waits(self, batch: Batch) -> bool:
         """Whether users' functions come before the kernel of a batch."""

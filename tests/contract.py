@@ -97,14 +97,18 @@ def options(cls: Any) -> dict[str, Any]:
 
 def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     wide = torch.complex128 if tensor.is_complex() else torch.float64
-    return torch.randn(tensor.shape, generator=generator, dtype=wide).to(tensor.dtype)
+    values = torch.randn(tensor.shape, generator=generator, dtype=wide)
+    return values.to(tensor.device, tensor.dtype)
 
 
 def parameters(
-    dtype: torch.dtype = torch.float64, shapes: Iterable[tuple[int, ...]] = SHAPES, seed: int = 0
+    dtype: torch.dtype = torch.float64,
+    shapes: Iterable[tuple[int, ...]] = SHAPES,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    blank = [torch.empty(shape, dtype=dtype) for shape in shapes]
+    blank = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     return [torch.nn.Parameter(random_like(tensor, generator)) for tensor in blank]
 
 

@@ -1,0 +1,225 @@
+"""The fast path through Triton, without a GPU: `interpret OUT` runs it, `compile OUT` compiles it.
+
+Each way has a process of its own, because Triton reads TRITON_INTERPRET when it decorates a
+function. The report is a JSON file: for each run a dictionary, with "failed" where it raised.
+"""
+
+import functools
+import itertools
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from contract import OPTIMIZERS, TRANSFORMS, step
+from fast import (
+    CHAINS,
+    CHUNK,
+    ENTRIES,
+    METHODS,
+    SCENARIOS,
+    SMALLER,
+    SPECIAL,
+    Case,
+    Way,
+    beside_eager,
+    compare,
+    halves,
+    happens,
+    measure_special,
+    name_of,
+    parity,
+    rounded_stochastically,
+    stream,
+    tensors,
+)
+
+import agrlib
+from agrlib import kernels
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+LONG = (2 * CHUNK + 1,)
+BOTH = [agrlib.centralize, agrlib.agr]
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Comparisons with the eager reference; fewer steps where there are more launches."""
+    for entry in OPTIMIZERS:
+        yield name_of(entry, []), parity(entry, [], shapes=SMALLER)
+        for chain in CHAINS[entry.name]:
+            yield name_of(entry, chain), parity(entry, chain, shapes=SMALLER, steps=8)
+    for pair in itertools.product(TRANSFORMS, repeat=2):
+        yield name_of(ENTRIES["SGD"], list(pair)), parity(ENTRIES["SGD"], list(pair), steps=1)
+    for name, chain in (("AdamW", BOTH), ("Padam-plain", []), ("Adan", [agrlib.normalize])):
+        double = parity(ENTRIES[name], chain, torch.float64, SMALLER, 20)
+        yield name_of(ENTRIES[name], chain, torch.float64), double
+    for name, chain in (("SGD", BOTH), ("AdamW", [agrlib.agr])):
+        long = parity(ENTRIES[name], chain, shapes=[LONG, (2, CHUNK // 2 + 1)], steps=5)
+        yield f"large {name_of(ENTRIES[name], chain)}", long
+    yield "100 steps", parity(ENTRIES["AdamW"], [agrlib.agr], shapes=SMALLER)
+    for entry, name in itertools.product(METHODS, SCENARIOS):
+        yield f"{name} {entry.name}", happens(entry, name)
+
+
+def special_values() -> Iterator[tuple[str, Any]]:
+    for number, transform in enumerate([None, *TRANSFORMS]):
+        entry = OPTIMIZERS[3 * number % len(OPTIMIZERS)]
+        yield f"special values {entry.name} {transform}", (entry, [transform] if transform else [])
+
+
+def rounding(name: str) -> dict[str, Any]:
+    """Stochastic rounding in the interpreter, eagerly and after resuming."""
+    entry = ENTRIES[name]
+    fast = rounded_stochastically(entry, Way(True))
+    measured = compare(fast, rounded_stochastically(entry, Way(False)))
+    first, resumed = (
+        tensors(o) for o in (fast, rounded_stochastically(entry, Way(True), resume=True))
+    )
+    measured["resumed"] = all(torch.equal(v, resumed[k]) for k, v in first.items())
+    return measured
+
+
+def overflow(entry: Any, fused: bool) -> dict[str, Any]:
+    """A gradient scaler's step with an infinite gradient, and scaled steps beside plain ones."""
+    results = []
+    for scale in (1024.0, None):
+        way = Way(fused)
+        optimizer = way.optimizer(entry, way.parameters(torch.float32, SMALLER))
+        for grads in stream(optimizer, 2):
+            if scale:
+                optimizer.grad_scale = torch.tensor(scale)
+                optimizer.found_inf = torch.tensor(0.0)
+            step(optimizer, [grad * (scale or 1.0) for grad in grads])
+        results.append(tensors(optimizer))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)
+    before = {name: value.clone() for name, value in tensors(optimizer).items()}
+    step(optimizer, [grad.fill_(torch.inf) for grad in grads])
+    skipped = all(torch.equal(v, before[k]) for k, v in tensors(optimizer).items())
+    plain = all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+    return dict(skipped=skipped, plain=plain)
+
+
+def runs() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Everything that the interpreter is asked, by name."""
+    found: dict[str, Callable[[], Any]] = {name: case.measure for name, case in cases()}
+    for name, (entry, chain) in special_values():
+        found[name] = lambda e=entry, c=chain: dict(
+            wrong=measure_special(e, c, torch.float32), patterns=len(SPECIAL)
+        )
+    for name, kind in itertools.product(("SGD", "AdamW"), (torch.bfloat16, torch.float16)):
+        found[f"halves {name} {kind}"] = lambda n=name, k=kind: halves(
+            ENTRIES[n], k, torch.float32 if n == "AdamW" else None, [agrlib.agr]
+        )
+    for name in ("SGD-heavy-ball", "AdamW"):
+        found[f"rounding {name}"] = lambda n=name: rounding(n)
+        found[f"overflow {name}"] = lambda n=name: overflow(ENTRIES[n], True)
+    found["beside eager"] = lambda: beside_eager(
+        ENTRIES["AdamW"], torch.bfloat16, [], stochastic_rounding=True
+    )
+    return found
+
+
+# --- machine code -------------------------------------------------------------------------------
+
+
+def program_of(name: str, chain: list[Any], **more: Any) -> kernels.Program:
+    """What the fast path makes of an optimizer; making it launches nothing."""
+    dtype = more.pop("dtype", torch.float32)
+    entry = ENTRIES[name]
+    param = torch.nn.Parameter(torch.ones(4, 16, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    optimizer = entry.cls([param], transforms=chain, fused=True, **{**entry.kwargs, **more})
+    [batch] = kernels.Plan(optimizer, [param], [param.grad]).batches
+    return batch.program
+
+
+PROGRAMS: dict[str, Callable[[], kernels.Program]] = {
+    "SGD": lambda: program_of("SGD", []),
+    "AdamW": lambda: program_of("AdamW", BOTH),
+    "Adan": lambda: program_of("Adan", [agrlib.clip_global_norm(1.0), agrlib.normalize]),
+    "Padam": lambda: program_of("Padam-plain", [agrlib.clip_value(1.0)]),
+    "double": lambda: program_of("AdamW", BOTH, dtype=torch.float64),
+    "half": lambda: program_of(
+        "AdamW", BOTH, dtype=torch.bfloat16, state_dtype=torch.float32, stochastic_rounding=True
+    ),
+    "float16": lambda: program_of("RMSprop-centered-momentum", [], dtype=torch.float16),
+}
+WORDS = {
+    "load": r"ld\.global(?:\.\w+)*|global_load_\w+",
+    "store": r"st\.global(?:\.\w+)*|global_store_\w+",
+    "arithmetic": r"\b(?:div|sqrt|fma|rcp|rsqrt)\.[.\w]*",
+}
+
+
+def signature_of(kernel: Any, wide: str) -> dict[str, str]:
+    """The types of a kernel's arguments, as a launch has them."""
+    numbers = dict(items="*i64", table="*i64", flags="*i8", classes="*i64", seeds="*i64")
+    numbers |= dict(totals="*fp64", counts="*fp64", partial="*fp64", found_inf="*fp32")
+    numbers |= dict(constants=wide, scales=wide, numbers=wide, firsts="*i64")
+    numbers |= dict(tensors="i32", length="i32", ALIGNED="constexpr", BLOCK="constexpr")
+    return {name: numbers[name] for name in kernel.arg_names}
+
+
+def examine(kernel: Any, wide: str, target: str, aligned: bool) -> dict[str, Any]:
+    """Compile a kernel and count what its text is made of."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = signature_of(kernel, wide)
+    known = {"ALIGNED": aligned, "BLOCK": kernels.GPUBatch.BLOCK}
+    constants = {name: value for name, value in known.items() if name in signature}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = dict(num_warps=4, enable_fp_fusion=False)
+    made = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    text = made.asm.get("ptx") or made.asm["amdgcn"]
+    counted = {key: dict(Counter(re.findall(words, text))) for key, words in WORDS.items()}
+    return dict(binary=len(made.asm.get("cubin") or made.asm["hsaco"]), **counted)
+
+
+def machine_code() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every kernel of every program for every target; for one of them also without alignment."""
+    kernels.takes_triton = lambda device: True  # or else the programs would be made for the CPU
+    found: dict[str, Callable[[], Any]] = {}
+    for name, make in PROGRAMS.items():
+        program = make()
+        module = kernels.load(kernels.gpu_source(program), f"{name}_examined")
+        wide = "*fp64" if program.wide == "float64" else "*fp32"
+        names = ["update", *(f"reduce_{j}" for j in program.whole)]
+        for kernel, target in itertools.product(names, TARGETS):
+            for aligned in (True, False) if target == "sm_90" else (True,):
+                arguments = (getattr(module, kernel), wide, target, aligned)
+                found[f"{name} {kernel} {target} {aligned}"] = functools.partial(
+                    examine, *arguments
+                )
+    for target in TARGETS:
+        found[f"collect {target}"] = functools.partial(examine, module.collect, wide, target, False)
+    return found
+
+
+def main(mode: str, out: str) -> None:
+    report: dict[str, Any] = {}
+    for name, measure in (runs() if mode == "interpret" else machine_code()).items():
+        begin = time.perf_counter()
+        try:
+            report[name] = measure()
+        except Exception:
+            report[name] = dict(failed=traceback.format_exc()[-3000:])
+        report[name]["seconds"] = round(time.perf_counter() - begin, 2)
+    Path(out).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    assert os.environ["TRITON_INTERPRET"] == ("1" if sys.argv[1] == "interpret" else "0")
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
