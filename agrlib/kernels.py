@@ -236,7 +236,6 @@ from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
 EXACT = dict(error_model="numpy", forceinline=True)  # IEEE: a quotient by zero is no exception
-SUM = dict(error_model="numpy", fastmath={"reassoc"})  # the terms may be added in any order
 
 
 @intrinsic
@@ -245,6 +244,14 @@ def pointer(typing, address, like):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(like)(address, like), build
+
+
+@intrinsic
+def add(typing, total, term):  # in any order, so that several are added at once
+    def build(context, builder, signature, arguments):
+        return builder.fadd(*arguments, flags=("reassoc",))
+
+    return types.float64(types.float64, types.float64), build
 
 
 @njit(**EXACT)
@@ -403,9 +410,13 @@ def cpu_array(program: Program, role: int, address: str) -> str:
 def cpu_sum(program: Program, j: int) -> str:
     """Return the function that adds up the summand of stage j over n entries."""
     arguments = ", ".join(["at", "n", "scale", *context(program, j)])
-    body = [f"x = scale * {cpu_load(program, 1)}", *shape(program, j), f"total += summand_{j}(x)"]
+    body = [
+        f"x = scale * {cpu_load(program, 1)}",
+        *shape(program, j),
+        f"total = add(total, np.float64(summand_{j}(x)))",
+    ]
     return (
-        f"@njit(**SUM)\ndef sum_{j}({arguments}):\n"
+        f'@njit(error_model="numpy")\ndef sum_{j}({arguments}):\n'
         f"    {cpu_array(program, 1, 'at')}\n    total = 0.0\n    for i in range(n):\n"
         f"{indent(body, 2)}\n    return total"
     )
@@ -897,8 +908,7 @@ def gpu_update(program: Program) -> str:
     return f"@triton.jit\ndef update({GPU_ARGUMENTS}):\n{indent(lines, 1)}"
 
 
-KIND = attrgetter("dtype", "device")
-SHAPE, LAYOUT = attrgetter("shape"), attrgetter("layout")
+DTYPE, DEVICE, SHAPE = map(attrgetter, ("dtype", "device", "shape"))
 PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
 
 
@@ -1176,12 +1186,11 @@ class Batch:
         if self.sharded and list(map(placements, tensors)) != list(map(placements, self.params)):
             return False
         parts = self.parts_of(tensors)
-        if not (set(map(type, parts)) <= PLAIN and set(map(LAYOUT, parts)) <= {torch.strided}):
+        dtypes = {self.program.dtypes[role]}
+        if not (set(map(type, parts)) <= PLAIN and set(map(DTYPE, parts)) <= dtypes):
             return False
-        kinds = {(self.program.dtypes[role], self.device)}
-        if not set(map(KIND, parts)) <= kinds:
-            return False
-        if role != 1 and list(map(SHAPE, parts)) != self.shapes:  # torch checks a gradient's
+        placed = role == 1 or set(map(DEVICE, parts)) == {self.device}  # torch checks a gradient's
+        if not placed or (role != 1 and list(map(SHAPE, parts)) != self.shapes):
             return False
         strides = list(map(Tensor.stride, parts))
         alike = map(same_layout, self.shapes, strides, self.strides)
@@ -1201,23 +1210,27 @@ class Batch:
 
     def point(self, grads: list[Tensor]) -> bool:
         """Look up all tensors again; return whether they still fit the kernel."""
-        states = self.find_states()
+        states, roles = self.find_states(), len(self.program.dtypes)
         try:
             rows = [self.params, grads, *(list(map(itemgetter(k), states)) for k in self.keys)]
-        except KeyError:
+            known = self.tensors or [[] for _ in rows]
+            pairs = zip(rows, known, strict=True)
+            seen = [bool(old) and all(map(is_, row, old)) for row, old in pairs]
+            if not all(same or self.has_form(role, rows[role]) for role, same in enumerate(seen)):
+                return False
+            addresses = [list(map(Tensor.data_ptr, self.parts_of(row))) for row in rows[:roles]]
+        except (KeyError, RuntimeError):  # a state was removed, or a gradient is sparse
             return False
-        known = self.tensors or [[] for _ in rows]
-        seen = [bool(old) and all(map(is_, row, old)) for row, old in zip(rows, known, strict=True)]
-        if not all(same or self.has_form(role, rows[role]) for role, same in enumerate(seen)):
-            return False
-        addresses = [list(map(Tensor.data_ptr, self.parts_of(row))) for row in rows]
-        if addresses != self.addresses:
+        still = addresses == self.addresses[:roles] and seen[roles:] == [True] * len(rows[roles:])
+        if not still:
+            addresses += [list(map(Tensor.data_ptr, row)) for row in rows[roles:]]
             for role, same in enumerate(seen):  # the same object may have got other memory
                 moved = same and addresses[role] != self.addresses[role]
                 if moved and not self.has_form(role, rows[role]):
                     return False
             self.place(addresses)
-        self.tensors, self.addresses = rows, addresses
+            self.addresses = addresses
+        self.tensors = rows
         return True
 
     def written(self) -> None:
@@ -1756,11 +1769,11 @@ class Plan:
         found_inf = getattr(self.optimizer, "found_inf", None)
         for batch in self.batches:
             waits = self.waits(batch)
-            given = [
-                like_param(shaped[m.number], m.param) if waits else grads[m.number]
-                for m in batch.members
-            ]
-            if not batch.tensors or waits:
+            if waits or not batch.tensors:
+                given = [
+                    like_param(shaped[m.number], m.param) if waits else grads[m.number]
+                    for m in batch.members
+                ]
                 fits = batch.point(given)
                 assert fits, "a kernel was made for tensors of another form"
             batch.count(None if waits else scale, found_inf)  # eager transforms unscaled already

@@ -47,7 +47,7 @@ def gentle(entry: Entry) -> dict[str, Any]:
     With larger ones, what differs by one rounding grows: that is the method's, not the kernel's.
     """
     options = {**entry.kwargs, "lr": 0.1 * entry.kwargs["lr"]}
-    return {**options, "eps": 0.03} if "eps" in options else options
+    return {**options, "eps": 0.1} if "eps" in options else options
 
 
 def chains_of(number: int) -> list[list[Any]]:
@@ -160,6 +160,7 @@ class Case(NamedTuple):
     run: Callable[[Way], Any]
     tolerance: float
     exact: bool = False
+    steps: int = 0
 
     def measure(self, device: str = "cpu") -> dict[str, Any]:
         fast, eager = self.run(Way(True, device)), self.run(Way(False, device))
@@ -196,7 +197,7 @@ def parity(
         train(optimizer, stream(optimizer, steps))
         return optimizer
 
-    return Case(run, TOLERANCE[dtype], has_no_root(entry, chain))
+    return Case(run, TOLERANCE[dtype], has_no_root(entry, chain), steps)
 
 
 def name_of(entry: Entry, chain: list[Any], dtype: torch.dtype = torch.float32) -> str:
