@@ -1157,6 +1157,7 @@ class Batch:
         self.params = [member.param for member in members]
         self.parts = [local(param) for param in self.params]
         self.strides = [part.stride() for part in self.parts]
+        self.contiguous = all(part.is_contiguous() for part in self.parts)
         self.shapes = [part.shape for part in self.parts]
         self.sharded = any(map(is_sharded, self.params))
         self.device = self.params[0].device
@@ -1192,6 +1193,8 @@ class Batch:
         placed = role == 1 or set(map(DEVICE, parts)) == {self.device}  # torch checks a gradient's
         if not placed or (role != 1 and list(map(SHAPE, parts)) != self.shapes):
             return False
+        if self.contiguous and all(map(Tensor.is_contiguous, parts)):  # the quicker question
+            return True
         strides = list(map(Tensor.stride, parts))
         alike = map(same_layout, self.shapes, strides, self.strides)
         return strides == self.strides or all(alike)
@@ -1601,6 +1604,7 @@ class Plan:
         self.optimizer, self.params = optimizer, params
         self.signature = signature_of(optimizer)
         self.missing = [grad is None for grad in grads]
+        self.absent = [i for i, missing in enumerate(self.missing) if missing]
         self.groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
         for group, _, members in optimizer._parts(grads):
             optimizer._check_params(group, [params[i] for i in members])
@@ -1619,6 +1623,7 @@ class Plan:
         self.compiled = set(self.fast)
         self.on_gpu = all(isinstance(batch, GPUBatch) for batch in self.batches)
         self.rest = self.find_rest()
+        self.eager = {i for _, _, members in self.rest for i in members}  # others: see `has_form`
         for ready in self.rounds:
             for places in groups_over_all(ready).values():
                 count = sum(b.counts[q][b.covers_of(q)].sum().item() for b, q in places)
@@ -1733,7 +1738,8 @@ class Plan:
             len(params) == len(self.params)
             and not (lost_threads() and any(isinstance(b, CPUBatch) for b in self.batches))
             and all(map(is_, params, self.params))
-            and [grad is None for grad in grads] == self.missing
+            and all(grads[i] is None for i in self.absent)
+            and all(grads[i] is not None for i in self.eager)
             and signature_of(self.optimizer) == self.signature
             and all(map(self.has_power, self.optimizer.param_groups, self.recipes))
             and all(

@@ -112,13 +112,15 @@ def check_ran(optimizer: Any) -> None:
 
 def kind(value: Tensor) -> Tensor:
     """NaN, an infinity of one sign or the other, zero or any other number."""
+    value = torch.view_as_real(value) if value.is_complex() else value
     signs = torch.where(value.isinf(), 3.0 * value.sign(), (value != 0).double())
     return torch.where(value.isnan(), 2.0, signs)
 
 
 def error(value: Tensor, reference: Tensor) -> float:
     """The largest |a - b| / (|b| + 0.1), infinite where one is no number and the other is."""
-    a, b = value.detach().double().cpu(), reference.detach().double().cpu()
+    a, b = (torch.view_as_real(x) if x.is_complex() else x for x in (value, reference))
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
     finite = b.isfinite()
     if not torch.equal(kind(a)[~finite], kind(b)[~finite]) or not a[finite].isfinite().all():
         return math.inf
@@ -268,12 +270,14 @@ def special(entry: Entry, chain: list[Any], dtype: torch.dtype, pattern: str) ->
     return Case(run, TOLERANCE[dtype])
 
 
-def measure_special(entry: Entry, chain: list[Any], dtype: torch.dtype) -> list[str]:
+def measure_special(
+    entry: Entry, chain: list[Any], dtype: torch.dtype, device: str = "cpu"
+) -> list[str]:
     """The patterns for which both ways do not agree."""
     wrong = []
     for pattern in SPECIAL:
         case = special(entry, chain, dtype, pattern)
-        measured = case.measure()
+        measured = case.measure(device)
         if not measured["kinds"] or max(measured["params"], measured["state"]) > case.tolerance:
             wrong.append(f"{pattern}: {measured}")
     return wrong

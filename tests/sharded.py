@@ -315,14 +315,17 @@ def different_orders(mesh):
     """One process has an empty part, which counts as aligned; its kernels sort otherwise."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((4, 16), (1, 5), (2, 16))]
-    grads = [torch.randn(t.shape, generator=generator) * 3**i for i, t in enumerate(start)]
+    grads = [
+        [torch.randn(t.shape, generator=generator) * 3**i for i, t in enumerate(start)]
+        for _ in range(3)
+    ]
     ends = []
     for place in (lambda t: t.clone(), lambda t: distribute_tensor(t.clone(), mesh, [Shard(0)])):
         params = [nn.Parameter(place(tensor)) for tensor in start]
         fused = len(ends) == 1
         method = agrlib.AdamW(params, transforms=CHAINS["gc-agr"], **OPTIONS, fused=fused)
-        for _ in range(2):
-            for param, grad in zip(params, grads, strict=True):
+        for step in grads:
+            for param, grad in zip(params, step, strict=True):
                 param.grad = place(grad)
             method.step()
         ends.append([whole(p) for p in params])

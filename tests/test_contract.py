@@ -10,6 +10,7 @@ import pytest
 import torch
 from contract import (
     OPTIMIZERS,
+    SHAPES,
     bits,
     close,
     content,
@@ -116,7 +117,7 @@ def test_malformed_options_are_refused(entry):
     refused(ValueError, "Tensor lr must be 1-element", lr=torch.tensor([0.1, 0.2]))
     refused(ValueError, "Invalid state_dtype", state_dtype=torch.int32)
     refused(ValueError, "Invalid state_dtype", state_dtype="float32")
-    refused(RuntimeError, "no fast path", fused=True)
+    refused(RuntimeError, "exclude each other", fused=True, differentiable=True)
     refused(RuntimeError, "foreach=True is not supported", foreach=True)
     refused(TypeError, "transforms takes a list", transforms=agrlib.agr)
     refused(TypeError, "transforms takes a list", transforms="agr")
@@ -133,16 +134,53 @@ def test_betas_must_be_as_many_as_the_method_has(entry, betas):
         entry.cls(parameters(), **{**entry.kwargs, "betas": betas})
 
 
+def with_gaps(params):
+    last = torch.nn.Parameter(params[0].detach().repeat_interleave(2, dim=1)[:, ::2])
+    return [*params[1:], last]
+
+
+NO_KERNEL = {
+    "foreach": ("not supported", dict(foreach=True), None),
+    "function": ("sin is a plain function", dict(fused=True, transforms=[torch.sin]), None),
+    "lambda": ("plain function", dict(fused=True, transforms=[agrlib.agr, lambda g: g]), None),
+    "differentiable": ("exclude", dict(fused=True, differentiable=True), None),
+    "gaps": ("not contiguous", dict(fused=True), with_gaps),
+    "complex": (
+        "no kernel for torch.complex64",
+        dict(fused=True),
+        lambda params: params + parameters(torch.complex64, [(2, 3)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("case", NO_KERNEL)
 @every
-def test_fast_path_asked_for_later_is_refused_before_anything_is_written(entry):
-    for key, message in (("fused", "no fast path"), ("foreach", "not supported")):
-        optimizer = two_groups(entry, parameters())
-        feed(members(optimizer), gradients(members(optimizer), 1)[0])
-        before = content(optimizer)
-        optimizer.param_groups[1][key] = True
-        with pytest.raises(RuntimeError, match=message):
-            optimizer.step()
-        assert content(optimizer) == before
+def test_what_has_no_kernel_is_refused_before_anything_is_written(entry, case, warm):
+    """Asked for in the last group, when the step has already come to all others."""
+    pytest.importorskip("numba", reason="numba has no wheel for this platform")
+    message, wrong, change = NO_KERNEL[case]
+    params = parameters(torch.float32, SHAPES[:3])
+    optimizer = two_groups(entry, change(params) if change else params)
+    grads = gradients(members(optimizer), 2)
+    train(optimizer, grads[:warm])
+    feed(members(optimizer), grads[1])
+    before = content(optimizer)
+    optimizer.param_groups[1].update(wrong)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert content(optimizer) == before
+
+
+@every
+def test_kernels_for_a_device_without_any_are_refused_at_once(entry):
+    param = torch.nn.Parameter(torch.ones(3, device="meta"))
+    with pytest.raises(RuntimeError, match="fused=True: there are kernels for CPU and CUDA"):
+        entry.cls([param], fused=True, **entry.kwargs)
+    optimizer = entry.cls(parameters(), **entry.kwargs)
+    with pytest.raises(RuntimeError, match="not for meta"):
+        optimizer.add_param_group(dict(params=[param], fused=True))
+    assert len(optimizer.param_groups) == 1
 
 
 @every
