@@ -695,9 +695,11 @@ def validate(results: Any) -> dict[str, Any]:
         ValueError: they do not; the text names the first field that is wrong.
 
     Example:
-        >>> validate({"schema": 1, "command": 2})
-        Traceback (most recent call last):
-        ValueError: results.date is missing
+        >>> try:
+        ...     validate({"schema": 1, "command": 2})
+        ... except ValueError as error:
+        ...     print(error)
+        results.date is missing
 
     Source: chapter "The roofline".
     """
@@ -735,7 +737,7 @@ def save(results: dict[str, Any], path: str | Path) -> None:
     Source: chapter "The roofline".
     """
     text = json.dumps(validate(results), indent=1)
-    flat = re.sub(r'\[[^][{}"]*\]', lambda numbers: " ".join(numbers[0].split()), text)
+    flat = re.sub(r'[[][^][{}"]*[]]', lambda numbers: " ".join(numbers[0].split()), text)
     Path(path).write_text(flat + "\n")
 
 
