@@ -737,7 +737,7 @@ def save(results: dict[str, Any], path: str | Path) -> None:
     Source: chapter "The roofline".
     """
     text = json.dumps(validate(results), indent=1)
-    flat = re.sub(r'[[][^][{}"]*[]]', lambda numbers: " ".join(numbers[0].split()), text)
+    flat = re.sub(r'\x5b[^][{}"]*\x5d', lambda numbers: " ".join(numbers[0].split()), text)
     Path(path).write_text(flat + "\n")
 
 
