@@ -1015,6 +1015,8 @@ def obstacle(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None
             return f"there is no kernel for {tensor.dtype}"
         if tensor.device != param.device:
             return "a gradient or state is on another device than its parameter"
+        if tensor.shape != param.shape:
+            return "a gradient or state has another shape than its parameter"
         if not same_layout(part.shape, local(tensor).stride(), part.stride()):
             return "a gradient or state has other strides than its parameter"
     return None

@@ -200,6 +200,30 @@ def test_a_parameter_may_get_another_shape():
     assert compare(*results)["exact"]
 
 
+def test_a_gradient_of_another_shape_is_refused():
+    """As it is left behind where `data` was replaced: the kernel would read what lies behind."""
+    [param] = Way(True).parameters(torch.float32, [(4,)])
+    made = go(Way(True).optimizer(ENTRIES["SGD"], [param]), 1)
+    param.data = torch.ones(9)
+    with pytest.raises(RuntimeError, match="another shape than its parameter"):
+        made.step()
+    assert param.tolist() == [1.0] * 9
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+@methods
+def test_a_sparse_gradient_is_refused_before_anything_is_written(entry, warm):
+    params = Way(True).parameters(torch.float32, SMALLER)
+    made = go(Way(True).optimizer(entry, params), 2 * warm)
+    [grads] = stream(made, 1)
+    feed(params, grads)
+    params[1].grad = params[1].grad.to_sparse()
+    before = content(made)
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        made.step()
+    assert content(made) == before
+
+
 def test_tensors_of_other_classes_are_left_alone():
     class Own(torch.Tensor):
         pass
