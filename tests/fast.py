@@ -151,7 +151,7 @@ def compare(fast: Any, eager: Any) -> dict[str, Any]:
     return dict(
         params=max(v for name, v in errors.items() if "." not in name),
         state=max([v for name, v in errors.items() if "." in name], default=0.0),
-        kinds=all(torch.equal(kind(v), kind(theirs[name])) for name, v in ours.items()),
+        kinds=all(torch.equal(kind(v.cpu()), kind(theirs[n].cpu())) for n, v in ours.items()),
         exact=all(bits(v) == bits(theirs[name]) for name, v in ours.items()),
     )
 
@@ -528,13 +528,20 @@ def happens(entry: Entry, name: str) -> Case:
 # --- half precision -----------------------------------------------------------------------------
 
 
-def halves(entry: Entry, dtype: torch.dtype, state_dtype: torch.dtype | None, chain: list[Any]):
+def halves(
+    entry: Entry,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype | None,
+    chain: list[Any],
+    device: str = "cpu",
+) -> dict[str, Any]:
     """Whether three fast steps are those in float32, rounded once each."""
     shapes = [(17,), (2, 3), (1,)]
 
     def run(kind: torch.dtype, **more: Any) -> Any:
-        params = [torch.nn.Parameter(p.to(kind)) for p in parameters(dtype, shapes)]
-        return Way(True).optimizer(entry, params, transforms=chain, **more)
+        narrow = parameters(dtype, shapes, device=device)
+        params = [torch.nn.Parameter(p.detach().to(kind)) for p in narrow]
+        return Way(True, device).optimizer(entry, params, transforms=chain, **more)
 
     half, single = run(dtype, state_dtype=state_dtype), run(torch.float32)
     for grads in stream(half, 3):

@@ -14,6 +14,7 @@ from contract import content, every, feed, members, step, train, twins
 from fast import (
     ENTRIES,
     METHODS,
+    SCENARIOS,
     SMALLER,
     Way,
     check_ran,
@@ -22,6 +23,7 @@ from fast import (
     gentle,
     go,
     guard,
+    happens,
     start,
     stream,
     tensors,
@@ -34,6 +36,16 @@ pytest.importorskip("numba", reason="numba has no wheel for this platform")
 ADAMW, SGD = ENTRIES["AdamW"], ENTRIES["SGD-heavy-ball"]
 MANY = (300, 300)  # more entries than it takes for fused=None to compile
 methods = pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+
+
+# --- what happens between two steps -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@methods
+def test_scenarios(entry, name):
+    case = happens(entry, name)
+    case.check(case.measure())
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -297,7 +309,7 @@ def run_python(script, **environment):
     """Run a script in a process of its own; return what it printed, line by line."""
     command = [sys.executable, "-c", SETUP + textwrap.dedent(script)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

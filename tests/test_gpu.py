@@ -16,6 +16,7 @@ from fast import (
     combinations,
     gentle,
     go,
+    halves,
     happens,
     large,
     measure_special,
@@ -61,6 +62,13 @@ def test_scenarios(entry, name):
     case.check(case.measure("cuda"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chain", [[], BOTH], ids=repr)
+@methods
+def test_half_precision_is_computed_in_float32_and_rounded_once(entry, chain, dtype):
+    halves(entry, dtype, torch.float32, chain, device="cuda")
+
+
 def test_stochastic_rounding_is_that_of_eager_steps_on_either_device():
     entry = ENTRIES["SGD-heavy-ball"]
     ways = [GPU, Way(False, "cuda"), Way(False)]
@@ -89,16 +97,15 @@ def no_waiting():
 @pytest.mark.parametrize("chain", [[], BOTH, [agrlib.clip_global_norm(0.5)]], ids=repr)
 @every
 def test_no_step_waits_for_the_device(entry, chain):
-    """Nor does the first one, with kernels made before, or one under a gradient scaler."""
-    start(entry, GPU, transforms=chain)
+    """The first one plans and compiles; under a gradient scaler neither the others wait."""
     optimizer = GPU.optimizer(entry, GPU.parameters(torch.float32, SMALL), transforms=chain)
     found = torch.zeros((), device="cuda")
-    for t, grads in enumerate(list(stream(optimizer, 4))):
+    for t, grads in enumerate(list(stream(optimizer, 5))):
         for param, grad in zip(members(optimizer), grads, strict=True):
             param.grad = grad
-        if t > 1:
+        if t > 2:
             optimizer.grad_scale, optimizer.found_inf = torch.ones_like(found), found
-        with no_waiting():
+        with no_waiting() if t else contextlib.nullcontext():
             optimizer.step()
     check_ran(optimizer)
 

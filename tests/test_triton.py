@@ -145,6 +145,12 @@ def test_without_alignment_no_load_is_wide(compiled):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_maximum_hands_nan_on(compiled, target):
+    """As torch's does; the interpreter would show no difference."""
+    assert set(result(compiled, f"Padam update {target} True")["maximum"]) == {"max.NaN.f32"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_roots_and_quotients_are_exact_and_nothing_is_contracted(compiled, target):
     for program in triton_runs.PROGRAMS:
         made = result(compiled, f"{program} update {target} True")

@@ -163,6 +163,7 @@ PROGRAMS: dict[str, Callable[[], kernels.Program]] = {
 WORDS = {
     "load": r"ld\.global(?:\.\w+)*|global_load_\w+",
     "store": r"st\.global(?:\.\w+)*|global_store_\w+",
+    "maximum": r"\bmax\.[.\w]*f\d\d\b",
     "arithmetic": r"\b(?:div|sqrt|fma|rcp|rsqrt)\.[.\w]*",
 }
 
