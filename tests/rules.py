@@ -25,7 +25,7 @@ import torch
 from contract import OPTIMIZERS, TRANSFORMS, options
 
 import agrlib
-from agrlib import Transform, optimizer
+from agrlib import Transform, kernels, optimizer
 
 PRIMITIVES = {"sqrt", "abs", "maximum", "where", "power"}
 SIZE = 257
@@ -124,53 +124,11 @@ def tree(function: Callable[..., Any]) -> ast.FunctionDef:
     return node
 
 
-class ExactDivision(ast.NodeTransformer):
-    """`a / b` -> `div(a, b)`: Triton's own division is approximate."""
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        self.generic_visit(node)
-        if not isinstance(node.op, ast.Div):
-            return node
-        return ast.Call(ast.Name("div", ast.Load()), [node.left, node.right], [])
-
-
-# The interpreter replaces attributes of the module tl, so that every use must go through them.
-SHIMS = """
-import triton
-import triton.language as tl
-
-@triton.jit
-def sqrt(x):
-    return tl.sqrt_rn(x)
-
-@triton.jit
-def div(x, y):
-    return tl.div_rn(x, y)
-
-@triton.jit
-def abs(x):
-    return tl.abs(x)
-
-@triton.jit
-def maximum(x, y):
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-@triton.jit
-def where(condition, x, y):
-    return tl.where(condition, x, y)
-
-@triton.jit
-def power(x, y):  # x >= 0, y > 0
-    return tl.exp2(y * tl.log2(x))
-"""
-
-
 def triton_source(rules: dict[str, Rule]) -> str:
-    parts = [SHIMS]
+    """The rules as agrlib.kernels writes them, each with a kernel of its own around it."""
+    parts = [kernels.GPU_HEADER.format(**kernels.GPU_FLOAT32), kernels.GPU_POWER]
     for name, rule in rules.items():
         flat = name.replace(".", "_")
-        node = ExactDivision().visit(tree(rule.function))
-        node.name = flat
         result = rule.function(*rule.inputs(torch.float32), *rule.scalars[0])
         tensors, scalars = rule.arguments[: rule.tensors], rule.arguments[rule.tensors :]
         results = [f"out{i}" for i in range(len(result) if isinstance(result, tuple) else 1)]
@@ -178,7 +136,7 @@ def triton_source(rules: dict[str, Rule]) -> str:
         loads = [f"tl.load({t} + i, mask=i < size, other=1.0)" for t in tensors]
         stores = [f"    tl.store({r}_ptr + i, {r}, mask=i < size)" for r in results]
         pointers = [*tensors, *(f"{r}_ptr" for r in results)]
-        parts.append(f"@triton.jit\n{ast.unparse(ast.fix_missing_locations(node))}")
+        parts.append(kernels.text_of(rule.function, flat, "@triton.jit", exact_division=True))
         parts.append(
             f"@triton.jit\ndef run_{flat}({', '.join(pointers + scalars)}, size, "
             "BLOCK: tl.constexpr):\n    i = tl.arange(0, BLOCK)\n"
