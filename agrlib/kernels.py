@@ -9,6 +9,7 @@ import ast
 import builtins
 import contextlib
 import copy
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -22,7 +23,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_, itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -109,16 +110,17 @@ def read(function: Callable[..., Any]) -> ast.FunctionDef:
 
 def check_names(name: str, node: ast.FunctionDef) -> None:
     """Refuse a rule that reads variables of its module, or returns before its end."""
-    *body, last = node.body
+    *body, last = node.body or [ast.Pass()]
     plain = all(isinstance(line, ast.Assign) and len(line.targets) == 1 for line in body)
     if not plain or not isinstance(last, ast.Return) or last.value is None:
         raise Unsupported(f"{name} must be assignments followed by one return")
-    known = {argument.arg for argument in node.args.args} | set(PRIMITIVES)
-    for part in ast.walk(ast.Module(node.body, [])):
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-            known.add(part.id)
-    for part in ast.walk(ast.Module(node.body, [])):
-        if isinstance(part, ast.Name) and part.id not in known:
+    names = [part for part in ast.walk(ast.Module(node.body, [])) if isinstance(part, ast.Name)]
+    own = {argument.arg for argument in node.args.args}
+    own |= {part.id for part in names if isinstance(part.ctx, ast.Store)}
+    if taken := own & {*PRIMITIVES, "divide"}:
+        raise Unsupported(f"{name} names a variable {taken.pop()}, like a function of the kernel")
+    for part in names:
+        if part.id not in own | set(PRIMITIVES):
             raise Unsupported(f"{name} reads {part.id}, which is none of its arguments")
 
 
@@ -390,6 +392,7 @@ def cpu_source(program: Program) -> str:
         parts.append(text)
     parts += functions(program, "@njit(**EXACT)", exact_division=False)
     parts += [cpu_sum(program, j) for j, stage in enumerate(program.stages) if stage.over]
+    parts += [CPU_AHEAD.strip("\n")] if program.whole else []
     parts += [cpu_reduce(program, j) for j in program.whole]
     parts += [cpu_row(program), cpu_update(program), cpu_work(program), CPU_RUN.strip("\n")]
     return "\n\n\n".join(parts) + "\n"
@@ -422,6 +425,24 @@ def cpu_sum(program: Program, j: int) -> str:
     )
 
 
+CPU_AHEAD = """
+AHEAD = 2048  # entries
+
+
+@intrinsic
+def prefetch(typing, address):
+    def build(context, builder, signature, arguments):
+        byte, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), (byte, integer, integer, integer))
+        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        hints = integer(0), integer(3), integer(1)  # to be read, and soon; data
+        builder.call(function, (builder.inttoptr(arguments[0], byte), *hints))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+"""
+
+
 def row_totals(program: Program, upto: int, call: str) -> list[str]:
     """Return the lines that compute the totals of the row at hand."""
     lines = []
@@ -440,10 +461,16 @@ def cpu_reduce(program: Program, j: int) -> str:
     """Return the function that adds up the summand of stage j over some rows."""
     arguments = ", ".join(["grad", "rows", "cols", "scale", *context(program, j, rows=False)])
     size = program.dtypes[1].itemsize
+    rest = ", ".join(["scale", *context(program, j)])
     body = [
-        f"at = grad + {size} * r * cols",
+        f"at, left = grad + {size} * r * cols, cols",
         *row_totals(program, j, "sum_{j}(at, cols, scale, {context})"),
-        f"total += sum_{j}({', '.join(['at', 'cols', 'scale', *context(program, j)])})",
+        "while left > AHEAD:",
+        f"    for line in range(0, {64 * size}, 64):",
+        f"        prefetch(at + {size} * AHEAD + line)",
+        f"    total += sum_{j}(at, 64, {rest})",
+        f"    at, left = at + {64 * size}, left - 64",
+        f"total += sum_{j}(at, left, {rest})",
     ]
     return (
         f'@njit(error_model="numpy")\ndef reduce_{j}({arguments}):\n'
@@ -569,19 +596,68 @@ from numba.extending import intrinsic
 
 
 @intrinsic
-def pointer(typing, address):
+def pointer(typing, address, like):
     def build(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(address), build
+    return types.CPointer(like)(address, like), build
 
 
 @njit(cache=True)
 def advance(addresses, values, more):
+    alike = True
     for i in range(len(addresses)):
-        number = carray(pointer(addresses[i]), (1,))
+        number = carray(pointer(addresses[i], np.float32(0)), (1,))
         number[0] += more
         values[i] = number[0]
+        alike = alike and values[i] == values[0]
+    return alike
+
+
+@intrinsic
+def ask(typing, function, tensor, answer):
+    def build(context, builder, signature, arguments):
+        word, integer = ir.IntType(64), ir.IntType(32)
+        kind = ir.FunctionType(integer, (word, word)).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
+
+    return types.int32(types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def tell(typing, function):
+    def build(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), ()).as_pointer()
+        builder.call(builder.inttoptr(arguments[0], kind), ())
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
+@njit(cache=True)
+def look(describe, forget, params, objects, known, places, device, dtypes, forms, addresses,
+         answer):
+    objects = carray(pointer(objects, np.int64(0)), (len(known),))
+    for k in range(len(forms), len(known)):
+        if objects[k] != known[k]:
+            return False
+    for role in range(len(dtypes)):
+        for t in range(len(forms)):
+            tensor = params[t] if role == 0 else objects[places[role, t]]
+            if ask(describe, tensor, answer.ctypes.data) != 0:
+                tell(forget)  # a Python error
+                return False
+            axes = answer[2] & 0xFFFFFFFF
+            if answer[1] != device or answer[2] >> 32 != dtypes[role] or axes != forms[t, 0]:
+                return False
+            shape = carray(pointer(answer[3], np.int64(0)), (axes,))
+            strides = carray(pointer(answer[4], np.int64(0)), (axes,))
+            for a in range(axes):
+                size, stride = forms[t, 1 + 2 * a], forms[t, 2 + 2 * a]
+                if shape[a] != size or (size != 1 and strides[a] != stride):
+                    return False
+            addresses[role, t] = answer[0] + answer[5]
+    return True
 """
 
 
@@ -701,9 +777,15 @@ def to_bfloat16_stochastically(x, seed, i):
 
 GPU_POWER = """
 @triton.jit
+def two_to(n):
+    return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def power(x, y):  # x >= 0, y > 0
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = ((bits >> 23) - 127).to(tl.float32)
+    subnormal = x < 1.1754944e-38
+    bits = tl.where(subnormal, x * 16777216.0, x).to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) - 127).to(tl.float32) - tl.where(subnormal, 24.0, 0.0)
     m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)  # in [1, 2)
     large = m > 1.4142135
     exponent = tl.where(large, exponent + 1, exponent)
@@ -711,9 +793,10 @@ def power(x, y):  # x >= 0, y > 0
     product = y * exponent  # and what its rounding has lost:
     lost = tl.fma(exponent, y + tl.zeros_like(exponent), -product)
     whole = tl.floor(product + 0.5)
-    scale = ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    result = tl.exp2((product - whole) + lost + y * tl.log2(m)) * scale
-    return tl.where(x > 0, tl.where(x < float("inf"), result, x), x)
+    whole = tl.where(whole < -252, -252.0, tl.where(whole > 254, 254.0, whole))
+    half = tl.floor(0.5 * whole)
+    result = tl.exp2((product - whole) + lost + y * tl.log2(m)) * two_to(half)
+    return tl.where(x > 0, tl.where(x < float("inf"), result * two_to(whole - half), x), x)
 """
 GPU_POWER_FLOAT64 = """
 @triton.jit
@@ -912,8 +995,9 @@ DTYPE, DEVICE, SHAPE = map(attrgetter, ("dtype", "device", "shape"))
 PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
 
 
-CHUNK = 16384  # entries of an item on the CPU: with its state it fits in the second-level cache
+CHUNK = 16384  # entries of an item on the CPU; four times as many in large batches
 SMALL = 131072  # a tensor up to this size is summed and updated by one core, from its cache
+TOGETHER = 2**20  # per core, entries of larger tensors that are summed, and then updated
 ROLES = ("parameter", "gradient")
 
 
@@ -1126,23 +1210,116 @@ class Waves(NamedTuple):
     order: np.ndarray
 
     @classmethod
-    def of(
-        cls, wanted: Iterable[tuple[int, np.ndarray]], sizes: np.ndarray, cores: int, last: int
-    ) -> "Waves":
-        """Share the items of each wave evenly; phase `last` reads what phase `last` - 1 read."""
+    def of(cls, wanted: Iterable[tuple[int, np.ndarray]], sizes: np.ndarray, cores: int) -> "Waves":
+        """Share the items of each wave evenly."""
         phases, bounds, order, begin = [], [], [np.zeros(0, np.int64)], 0
         for phase, items in wanted:
             if len(items) == 0:
                 continue
             ends = np.cumsum(sizes[items])
             cuts = np.searchsorted(ends, ends[-1] * np.arange(1, cores) / cores)
-            for part in np.split(items, cuts):
-                order.append(part[::-1] if phase == last > 0 else part)  # the newest first
+            order.append(items)
             phases.append(phase)
             bounds.append(begin + np.array([0, *cuts, len(items)], np.int64))
             begin += len(items)
         table = np.array(bounds, np.int64).reshape(-1, cores + 1)
         return cls(np.array(phases, np.int64), table, np.concatenate(order))
+
+
+MANY = 100  # tensors of a batch from which on a glance is worth its own compilation
+
+
+class ExchangeAPI(ctypes.Structure):
+    """DLPack's table of C functions, version 1."""
+
+    names = ("previous", "allocate", "lend", "borrow", "describe", "stream")
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        *((name, ctypes.c_void_p) for name in names),
+    )
+
+
+@functools.cache
+def description() -> tuple[int, int] | None:
+    """Return the addresses of torch's function that describes a tensor, and of the one that
+    clears its error; None where torch hands out none."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None or not can_import("numba"):
+        return None
+    kind = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    place = kind(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
+    api = ExchangeAPI.from_address(place)
+    if api.major != 1 or not api.describe:
+        return None
+    forget = ctypes.cast(ctypes.pythonapi.PyErr_Clear, ctypes.c_void_p).value
+    assert forget is not None
+    return api.describe, forget
+
+
+class Glance:
+    """A quick look at all tensors of a batch, after one that took its time.
+
+    Args:
+        batch: has just inspected its tensors.
+        states: the state of each parameter.
+
+    Source: chapter "One rule, three compilers".
+    """
+
+    DTYPES: ClassVar = {  # as DLPack numbers them: 2 for floating point, 4 for bfloat16, then bits
+        torch.float16: 2 | 16 << 8 | 1 << 16,
+        torch.float32: 2 | 32 << 8 | 1 << 16,
+        torch.float64: 2 | 64 << 8 | 1 << 16,
+        torch.bfloat16: 4 | 16 << 8 | 1 << 16,
+    }
+
+    def __init__(self, batch: "Batch", states: list[dict[str, Tensor]]) -> None:
+        found = description()
+        assert found is not None
+        self.functions, self.batch, self.states = found, batch, states
+        self.run = load(CPU_STEPS, "steps").look
+        self.values = list(itertools.chain.from_iterable(map(dict.values, states)))
+        size = len(batch.params)
+        self.params = np.array([*map(id, batch.params)], np.int64)  # in CPython, the address
+        gradients = [0] * size  # may be other objects in each step
+        self.known = np.array([*gradients, *map(id, self.values)], np.int64)
+        begins = np.cumsum([size, *map(len, states)])[:-1].tolist()
+        places = [gradients, list(range(size))]
+        for key in batch.program.state:
+            pairs = zip(begins, states, strict=True)
+            places.append([begin + list(state).index(key) for begin, state in pairs])
+        self.places = np.array(places, np.int64)
+        kind, number = batch.params[0].__dlpack_device__()
+        self.device = int(kind) | number << 32
+        self.dtypes = np.array([self.DTYPES[dtype] for dtype in batch.program.dtypes], np.int64)
+        axes = max(map(len, batch.shapes))
+        self.forms = np.zeros((size, 1 + 2 * axes), np.int64)
+        for form, shape, strides in zip(self.forms, batch.shapes, batch.strides, strict=True):
+            form[0] = len(shape)
+            form[1 : 1 + 2 * len(shape)] = np.stack((shape, strides), axis=1).ravel()
+        self.answer = np.zeros(6, np.int64)
+
+    @classmethod
+    def at(cls, batch: "Batch", states: list[dict[str, Tensor]]) -> "Glance | None":
+        """Return a glance at a batch, or None where it cannot or need not be had."""
+        few = len(batch.params) < MANY or batch.sharded or any(0 in s for s in batch.shapes)
+        return None if few or description() is None else cls(batch, states)
+
+    def look(self, states: list[dict[str, Tensor]], grads: list[Tensor]) -> np.ndarray | None:
+        """Return the addresses of all tensors, the same array if none moved; None if in doubt."""
+        if states is not self.states or not set(map(type, grads)) <= PLAIN:
+            return None
+        values = itertools.chain.from_iterable(map(dict.values, states))
+        try:
+            objects = np.fromiter(itertools.chain(grads, values), object, len(self.known))
+        except ValueError:  # a state has lost an entry
+            return None
+        addresses, old = np.empty_like(self.places), self.batch.addresses
+        tables = self.places, self.device, self.dtypes, self.forms, addresses, self.answer
+        if not self.run(*self.functions, self.params, objects.ctypes.data, self.known, *tables):
+            return None
+        return old if np.array_equal(addresses, old) else addresses
 
 
 class Batch:
@@ -1168,8 +1345,8 @@ class Batch:
         self.covers = np.array(covers, np.bool_).reshape(len(chain), len(members))
         by_row = [f for f in chain if f.over == "row"]
         self.by_row = [any(f.covers(p) for f in by_row) for p in self.params]
-        sizes = np.array([float(p.numel()) for p in self.params])
-        self.counts = torch.from_numpy(np.tile(sizes, (len(self.whole), 1)))
+        self.entries = np.array([float(p.numel()) for p in self.params])
+        self.counts = torch.from_numpy(np.tile(self.entries, (len(self.whole), 1)))
         self.totals = torch.zeros_like(self.counts)
         groups = [member.group for member in members]
         spans = [(g, groups.index(g), groups.count(g)) for g in dict.fromkeys(groups)]
@@ -1178,7 +1355,8 @@ class Batch:
         self.keys = [*program.state, *(["step"] if self.counts_steps else [])]
         self.new = np.array([member.new for member in members], np.bool_)
         self.tensors: list[list[Tensor]] = []
-        self.addresses: list[list[int]] = []
+        self.addresses = np.zeros((len(program.dtypes), len(members)), np.int64)
+        self.glance: Glance | None = None
         self.every: list[dict[str, Tensor]] = []
         self.states: list[dict[str, Tensor]] = []
 
@@ -1192,8 +1370,7 @@ class Batch:
         dtypes = {self.program.dtypes[role]}
         if not (set(map(type, parts)) <= PLAIN and set(map(DTYPE, parts)) <= dtypes):
             return False
-        placed = role == 1 or set(map(DEVICE, parts)) == {self.device}  # torch checks a gradient's
-        if not placed or (role != 1 and list(map(SHAPE, parts)) != self.shapes):
+        if set(map(DEVICE, parts)) != {self.device} or list(map(SHAPE, parts)) != self.shapes:
             return False
         if self.contiguous and all(map(Tensor.is_contiguous, parts)):  # the quicker question
             return True
@@ -1205,6 +1382,12 @@ class Batch:
         """Return the parts that this process holds."""
         return list(map(local, tensors)) if self.sharded else tensors
 
+    def own(self, values: list[Any]) -> list[Any]:
+        """Return what belongs to the batch, of one value for each parameter of the optimizer."""
+        if len(values) == len(self.params):
+            return values
+        return [values[member.number] for member in self.members]
+
     def find_states(self) -> list[dict[str, Tensor]]:
         """Return each parameter's state; looked up again only if the optimizer's has changed."""
         every = list(self.optimizer.state.values())
@@ -1215,7 +1398,17 @@ class Batch:
 
     def point(self, grads: list[Tensor]) -> bool:
         """Look up all tensors again; return whether they still fit the kernel."""
-        states, roles = self.find_states(), len(self.program.dtypes)
+        states = self.find_states()
+        found = None if self.glance is None else self.glance.look(states, grads)
+        if found is None:
+            return self.inspect(states, grads)
+        if found is not self.addresses:
+            self.place(found)
+        return True
+
+    def inspect(self, states: list[dict[str, Tensor]], grads: list[Tensor]) -> bool:
+        """Look up all tensors again, one question after the other."""
+        roles = len(self.program.dtypes)
         try:
             rows = [self.params, grads, *(list(map(itemgetter(k), states)) for k in self.keys)]
             known = self.tensors or [[] for _ in rows]
@@ -1223,19 +1416,16 @@ class Batch:
             seen = [bool(old) and all(map(is_, row, old)) for row, old in pairs]
             if not all(same or self.has_form(role, rows[role]) for role, same in enumerate(seen)):
                 return False
-            addresses = [list(map(Tensor.data_ptr, self.parts_of(row))) for row in rows[:roles]]
+            found = [list(map(Tensor.data_ptr, self.parts_of(row))) for row in rows[:roles]]
         except (KeyError, RuntimeError):  # a state was removed, or a gradient is sparse
             return False
-        still = addresses == self.addresses[:roles] and seen[roles:] == [True] * len(rows[roles:])
-        if not still:
-            addresses += [list(map(Tensor.data_ptr, row)) for row in rows[roles:]]
-            for role, same in enumerate(seen):  # the same object may have got other memory
-                moved = same and addresses[role] != self.addresses[role]
-                if moved and not self.has_form(role, rows[role]):
-                    return False
-            self.place(addresses)
-            self.addresses = addresses
+        addresses = np.array(found, np.int64)
+        for role in np.flatnonzero((addresses != self.addresses).any(axis=1)).tolist():
+            if seen[role] and not self.has_form(role, rows[role]):  # the same object moved
+                return False
         self.tensors = rows
+        self.place(addresses)
+        self.glance = Glance.at(self, states)
         return True
 
     def written(self) -> None:
@@ -1248,12 +1438,12 @@ class Batch:
         self.tensors[1] = []
         self.new[:] = False
 
-    def covers_of(self, q: int) -> Tensor:
-        """Which tensors the q-th whole stage covers."""
-        return torch.from_numpy(self.covers[self.program.whole[q]]).to(self.device)
+    def count_of(self, q: int) -> float:
+        """Return over how many entries the q-th whole stage sums in this batch."""
+        return float(self.entries[self.covers[self.program.whole[q]]].sum())
 
-    def place(self, addresses: list[list[int]]) -> None:
-        """Hand the addresses to the kernel."""
+    def place(self, addresses: np.ndarray) -> None:
+        """Hand the addresses to the kernel, where they have changed."""
         raise NotImplementedError
 
     def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -1295,7 +1485,6 @@ class CPUBatch(Batch):
         self.kernel = load(cpu_source(self.program), self.program.rule.__name__).run
         self.advance = load(CPU_STEPS, "steps").advance
         size = len(self.params)
-        self.table = np.zeros((len(self.program.dtypes), size), np.int64)
         self.seeds, self.classes = np.zeros(size, np.int64), np.zeros(size, np.int64)
         self.numbers = np.zeros((1, 3 + len(self.program.scalars)), self.wide)
         self.constants = np.array([c for f in self.chain for c in f.constants], self.wide)
@@ -1304,7 +1493,7 @@ class CPUBatch(Batch):
         self.steps = np.zeros(size * self.counts_steps, np.float32)
         self.cores = 0
         self.arrange()
-        self.call(Waves.of([], self.sizes, self.cores, 0))  # compiles
+        self.call(Waves.of([], self.sizes, self.cores))  # compiles
         self.advance(self.step_addresses[:0], self.steps[:0], np.float32(0))
 
     def arrange(self) -> None:
@@ -1314,7 +1503,9 @@ class CPUBatch(Batch):
             return
         self.cores, last = cores, len(self.whole)
         small = [last > 0 and part.numel() <= SMALL for part in self.parts]
-        chunks = [SMALL if s else CHUNK for s in small]
+        entries = sum(part.numel() for part in self.parts)
+        chunk = min(max(CHUNK, entries // 64), 4 * CHUNK)  # not by cores: sums depend on it
+        chunks = [SMALL if s else chunk for s in small]
         self.items, firsts = items_of(self.parts, self.by_row, chunks)
         self.sizes, self.partial = self.items[:, 2] * self.items[:, 3], np.zeros(len(self.items))
         each = [np.arange(*firsts[t : t + 2]) for t in range(len(small))]
@@ -1322,24 +1513,26 @@ class CPUBatch(Batch):
         alone = [(last, everything)]
         if last:
             alone = [(last + 1, everything[np.repeat(small, np.diff(firsts))])]
-            for t in np.flatnonzero(~np.array(small, np.bool_)):
-                alone += [(phase, each[t]) for phase in range(last + 1)]
+            large = np.flatnonzero(~np.array(small, np.bool_)).tolist()
+            ends = np.cumsum([self.parts[t].numel() for t in large])
+            turns = dict(zip(large, ends // (TOGETHER * cores), strict=True))
+            for _, group in itertools.groupby(large, turns.get):
+                items = np.concatenate([each[t] for t in group])
+                alone += [(phase, items) for phase in range(last + 1)]
         phases = [[(phase, everything)] for phase in range(last + 1)]
         self.alone, *self.together = (
-            Waves.of(wanted, self.sizes, cores, last) for wanted in (alone, *phases)
+            Waves.of(wanted, self.sizes, cores) for wanted in (alone, *phases)
         )
 
-    def place(self, addresses: list[list[int]]) -> None:
-        roles = len(self.program.dtypes)
-        for role, row in enumerate(addresses):
-            if not self.addresses or row != self.addresses[role]:
-                place = self.table[role] if role < roles else self.step_addresses
-                place[:] = row
+    def place(self, addresses: np.ndarray) -> None:
+        self.addresses = addresses
+        if self.counts_steps:
+            self.step_addresses[:] = list(map(Tensor.data_ptr, self.tensors[-1]))
 
     def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.arrange()
         self.scale = self.wide(1 if scale is None else 1 / scale.item())
-        self.advance(self.step_addresses, self.steps, np.float32(0))
+        alike = self.advance(self.step_addresses, self.steps, np.float32(0))
         rows: list[list[Any]] = []
         for g, members in self.spans:
             group = self.optimizer.param_groups[g]
@@ -1349,7 +1542,8 @@ class CPUBatch(Batch):
                 self.seeds[members] = self.seeds_of(group, members, steps)
             if not self.optimizer.counts_steps:
                 steps = np.where(self.new[members], 1, 2)
-            known, place = np.unique(steps, return_inverse=True)
+                alike = not self.new.any()
+            known, place = (steps[:1], 0) if alike else np.unique(steps, return_inverse=True)
             self.classes[members] = len(rows) + place
             rows += [self.numbers_of(group, lr, step) for step in known.tolist()]
         self.numbers = np.array(rows, self.wide)
@@ -1357,11 +1551,12 @@ class CPUBatch(Batch):
     def call(self, waves: Waves) -> None:
         CPUBatch.process = os.getpid()
         threads, others = torch.get_num_threads(), self.numba.get_num_threads()
-        self.numba.set_num_threads(self.cores)
+        if others != self.cores:
+            self.numba.set_num_threads(self.cores)
         self.kernel(
             *waves,
             self.items,
-            self.table,
+            self.addresses,
             self.covers,
             self.classes,
             self.numbers,
@@ -1372,7 +1567,8 @@ class CPUBatch(Batch):
             self.seeds,
             self.partial,
         )
-        self.numba.set_num_threads(others)  # for the user's own kernels
+        if others != self.cores:
+            self.numba.set_num_threads(others)  # for the user's own kernels
         if torch.get_num_threads() != threads:  # numba's first launch sets it for all of OpenMP
             torch.set_num_threads(threads)
 
@@ -1418,7 +1614,7 @@ class GPUBatch(Batch):
         columns = 3 + len(self.program.scalars)
         self.numbers = torch.zeros(size, columns, dtype=self.wide, device=self.device)
         self.known: list[list[Any]] = [[None] * columns for _ in self.spans]
-        self.aligned = False
+        self.aligned = self.placed = False
         self.spare: Tensor | None = None
         self.recorded: list[Tensor] = []
 
@@ -1429,8 +1625,10 @@ class GPUBatch(Batch):
             there = there.pin_memory()
         return there.to(self.device, non_blocking=True)
 
-    def place(self, addresses: list[list[int]]) -> None:
-        table = torch.tensor(addresses[: len(self.program.dtypes)])
+    def place(self, addresses: np.ndarray) -> None:
+        if self.placed and np.array_equal(addresses, self.addresses):
+            return
+        self.addresses, table, self.placed = addresses, torch.from_numpy(addresses), True
         columns = (part.numel() // part.shape[0] for part in self.row_parts())
         self.aligned = not (table % 16).any() and all(cols % 16 == 0 for cols in columns)
         if not self.capturing:
@@ -1628,7 +1826,7 @@ class Plan:
         self.eager = {i for _, _, members in self.rest for i in members}  # others: see `has_form`
         for ready in self.rounds:
             for places in groups_over_all(ready).values():
-                count = sum(b.counts[q][b.covers_of(q)].sum().item() for b, q in places)
+                count = sum(b.count_of(q) for b, q in places)
                 for batch, q in places:
                     batch.counts[q] = count
 
@@ -1745,9 +1943,7 @@ class Plan:
             and signature_of(self.optimizer) == self.signature
             and all(map(self.has_power, self.optimizer.param_groups, self.recipes))
             and all(
-                batch.point([grads[m.number] for m in batch.members])  # type: ignore[misc]
-                for batch in self.batches
-                if not self.waits(batch)
+                batch.point(batch.own(grads)) for batch in self.batches if not self.waits(batch)
             )
         )
 

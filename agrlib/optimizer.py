@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 Group = dict[str, Any]
 WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
+PART = 2**18  # entries; parts of this size, and what is computed from them, stay in a cache
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -33,6 +34,34 @@ def add_up(terms: Tensor, rows: bool = False) -> Tensor:
     if rows:
         return terms.sum(dim=tuple(range(1, terms.dim())), keepdim=True, dtype=dtype)
     return terms.sum(dtype=dtype)
+
+
+@functools.cache
+def is_arithmetic(function: Callable[..., Any]) -> bool:
+    """Whether a function is one of numbers, so that it may be applied to parts of tensors."""
+    from agrlib.kernels import Unsupported, read
+
+    try:
+        read(function)
+    except Unsupported:
+        return False
+    return True
+
+
+def parts_of(function: Callable[..., Any], *tensors: Tensor) -> Iterable[Sequence[Tensor]]:
+    """Cut large tensors of the CPU, if a function of numbers is applied to them.
+
+    A step from one whole tensor to the next would ask the system for new memory each time.
+    """
+    size = tensors[0].numel()
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if size <= PART or recorded or not is_arithmetic(function):
+        return [tensors]
+    for tensor in tensors:
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+        if not plain or not tensor.is_contiguous() or tensor.shape != tensors[0].shape:
+            return [tensors]
+    return zip(*(t.view(-1).split(PART) for t in tensors), strict=True)
 
 
 def gathered(total: Tensor) -> Tensor:
@@ -113,17 +142,22 @@ class Transform:
     def map(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Transform several gradients; what is summed over all tensors is summed over these."""
         values = [widen(dense(grad)) for grad in grads]
-        if self.over is None:
-            return [
-                self.apply(value, *self.constants).to(grad.dtype) if self.covers(grad) else grad
-                for value, grad in zip(values, grads, strict=True)
-            ]
         covered = [value for value in values if self.covers(value)]
-        totals = iter(self.totals(covered))
+        extra = iter(self.totals(covered) if self.over else ())
         return [
-            self.apply(value, next(totals)).to(grad.dtype) if self.covers(grad) else grad
+            (
+                self.apply_to(value, *(self.constants if self.over is None else (next(extra),)))
+                if self.covers(grad)
+                else grad
+            ).to(grad.dtype)
             for value, grad in zip(values, grads, strict=True)
         ]
+
+    def apply_to(self, value: Tensor, *extra: Any) -> Tensor:
+        """Apply to one tensor; a total of each row belongs to the whole of it."""
+        parts = parts_of(self.apply, value) if self.over != "row" else [(value,)]
+        results = [self.apply(part, *extra) for (part,) in parts]
+        return torch.cat(results).view(value.shape) if len(results) > 1 else results[0]
 
     def covers(self, grad: Tensor) -> bool:
         """Whether a tensor of this shape is transformed at all."""
@@ -132,7 +166,7 @@ class Transform:
     def totals(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return the finished totals that belong to the tensors, in their order."""
         assert self.summand is not None
-        sums = [add_up(self.summand(value), rows=self.over == "row") for value in values]
+        sums = [self.sum_of(value) for value in values]
         counts = [value.numel() for value in values]
         if self.over == "row":
             counts = [n // max(len(value), 1) for n, value in zip(counts, values, strict=True)]
@@ -140,10 +174,22 @@ class Transform:
             counts = [sum(counts)] * len(counts)
             whole = torch.stack([gathered(part).to(sums[0].device) for part in sums]).sum()
             sums = [whole.to(part.device) for part in sums]
-        sums = [total.to(value.dtype) for total, value in zip(sums, values, strict=True)]
+        sums = [
+            total.to(value.dtype if total.is_complex() else value.dtype.to_real())
+            for total, value in zip(sums, values, strict=True)
+        ]
         if self.finish is None:
             return sums
         return [self.finish(t, n, *self.constants) for t, n in zip(sums, counts, strict=True)]
+
+    def sum_of(self, value: Tensor) -> Tensor:
+        """Add up the summand over one tensor, or over each of its rows."""
+        assert self.summand is not None
+        if self.over == "row":
+            return add_up(self.summand(value), rows=True)
+        parts = parts_of(self.summand, value)
+        sums = [add_up(self.summand(part)) for (part,) in parts]
+        return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
     def __repr__(self) -> str:
         return self.__name__
@@ -318,13 +364,16 @@ def part_number(tensor: Tensor) -> int:
     return shard_number(tensor) << 16
 
 
-def round_stochastically(value: Tensor, seed: Any) -> Tensor:
-    """Round float32 to bfloat16, up or down with the probabilities that keep the mean."""
+def round_stochastically(value: Tensor, seed: Any, first: int = 0) -> Tensor:
+    """Round float32 to bfloat16, up or down with the probabilities that keep the mean.
+
+    Entry `first` of a larger tensor is entry 0 of this one.
+    """
     if hasattr(value, "to_local"):  # lies on several processes, each of which rounds its part
         from agrlib.distributed import map_part
 
         return map_part(functools.partial(round_stochastically, seed=seed), value)
-    place = torch.arange(value.numel(), device=value.device).reshape(value.shape)
+    place = torch.arange(first, first + value.numel(), device=value.device).reshape(value.shape)
     noise = (mix((seed ^ place) & 0xFFFFFFFF) & 0xFFFF).to(torch.int32)
     rounded = ((value.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
@@ -697,6 +746,40 @@ class GradientMethod(RecordedOptimizer):
         count, step = self._next_step(group, param, state, keys)
         lr = group["lr"].double().reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
 
+        scalars, seed, first = self.scalars(group, lr, step), None, 0
+        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+            assert count is not None
+            number = index + part_number(param)
+            seed = noise_seed(group["rounding_seed"], count.long(), number)  # again after resuming
+        for value, part, *inputs in parts_of(rule, param, grad, *old):
+            result, *outputs = self._apply_rule(group, value, part, inputs, lr, scalars)
+            if seed is not None:
+                result = round_stochastically(result, seed.to(param.device), first)
+            new = [like(output, tensor) for output, tensor in zip(outputs, inputs, strict=True)]
+            if self.defaults["differentiable"]:
+                old = new
+            else:
+                for tensor, output in zip(inputs, new, strict=True):
+                    tensor.copy_(output)
+            value.copy_(like(result, value))
+            first += value.numel()
+        state.update(zip(keys, old, strict=True))
+        if count is not None:
+            state["step"] = state["step"].copy_(count) if "step" in state else count
+        if state:
+            self.state[param] = state
+
+    def _apply_rule(
+        self,
+        group: Group,
+        param: Tensor,
+        grad: Tensor,
+        inputs: Sequence[Tensor],
+        lr: Any,
+        scalars: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        """Decay, run the rule on one parameter or a part of it, and check what it returns."""
+        rule, keys = self.update_rule(group)
         value = as_real(widen(param))
         if self.defaults["differentiable"]:
             value = value.clone()  # autograd may need it after the parameter is overwritten
@@ -705,26 +788,11 @@ class GradientMethod(RecordedOptimizer):
             grad = decay_gradient(grad, value, group["weight_decay"])
         if self.weight_decay_acts_on == "parameter" and group["weight_decay"] != 0:
             value = decay_parameter(value, lr * group["weight_decay"])
-        inputs = [as_real(tensor).to(value.dtype) for tensor in old]
-        result = rule(grad, value, *inputs, *self.scalars(group, lr, step))
+        result = rule(grad, value, *(as_real(x).to(value.dtype) for x in inputs), *scalars)
         if not isinstance(result, tuple) or len(result) != 1 + len(keys):
             names = ", ".join(("param", *keys))
             raise TypeError(f"rule {rule.__name__} must return the tuple ({names})")
-
-        value, *outputs = result
-        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            assert count is not None
-            number = index + part_number(param)
-            seed = noise_seed(group["rounding_seed"], count.long(), number)
-            value = round_stochastically(value, seed.to(value.device))  # the same after resuming
-        for key, tensor, output in zip(keys, old, outputs, strict=True):
-            new = like(output, tensor)
-            state[key] = new if self.defaults["differentiable"] else tensor.copy_(new)
-        if count is not None:
-            state["step"] = state["step"].copy_(count) if "step" in state else count
-        if state:
-            self.state[param] = state
-        param.copy_(like(value, param))
+        return result
 
     def _first_state(self, group: Group, param: Tensor, key: str) -> Tensor:
         """Make a state tensor; torch fills both parts of a complex one."""

@@ -913,3 +913,63 @@ def test_a_misspelt_kind_of_weight_decay_is_refused():
 
     with pytest.raises(ValueError, match="weight_decay_acts_on: 'params'"):
         Misspelt([torch.nn.Parameter(torch.ones(1))])
+
+
+# --- large tensors ------------------------------------------------------------------------------
+
+
+KINDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.complex64: 1e-6, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@every
+def test_a_large_tensor_in_parts_is_updated_like_a_whole_one(entry, kind, monkeypatch):
+    results = []
+    for part in (1000, 10**9):
+        monkeypatch.setattr(agrlib.optimizer, "PART", part)
+        params = parameters(kind, [(64, 40), (3, 5)])
+        more = dict(transforms=[agrlib.agr, agrlib.clip_global_norm(0.5)], maximize=True)
+        more |= dict(stochastic_rounding=kind == torch.bfloat16)
+        made = entry.cls(params, fused=False, **{**entry.kwargs, **more})
+        moved = train(made, gradients(params))
+        results.append([*moved, *(v for state in made.state.values() for v in state.values())])
+    close(*results, KINDS[kind])
+
+
+def scaled_by_its_norm(grad, param, lr):
+    return (param - lr * grad / grad.norm(),)
+
+
+def test_only_functions_of_numbers_are_applied_to_parts(monkeypatch):
+    """A user's rule may see the whole tensor; it has no kernel, but it has eager steps."""
+    monkeypatch.setattr(agrlib.optimizer, "PART", 10)
+
+    class Scaled(agrlib.SGD):
+        def update_rule(self, group):
+            return scaled_by_its_norm, ()
+
+        def scalars(self, group, lr, step):
+            return (lr,)
+
+    param = torch.nn.Parameter(torch.zeros(100))
+    param.grad = torch.ones(100)
+    Scaled([param], lr=1.0, fused=False).step()
+    torch.testing.assert_close(param.detach(), torch.full((100,), -0.1))
+
+
+@torch.no_grad()
+def test_what_is_cut_into_parts(monkeypatch):
+    monkeypatch.setattr(agrlib.optimizer, "PART", 10)
+    cut, rule = agrlib.optimizer.parts_of, agrlib.sgd.descend
+    a, b = torch.arange(24.0).reshape(4, 6), torch.ones(4, 6)
+    parts = list(cut(rule, a, b))
+    assert [part.tolist() for part, _ in parts] == [
+        [float(x) for x in range(k, min(k + 10, 24))] for k in (0, 10, 20)
+    ]
+    parts[1][0].zero_()
+    assert a.reshape(-1)[10:20].eq(0).all() and a.reshape(-1)[20:].ne(0).all()
+    for whole in [(a.t(), b.t()), (a, b.reshape(6, 4)), (a[:1], b[:1]), (a, b.to("meta"))]:
+        assert list(cut(rule, *whole)) == [whole]
+    assert list(cut(scaled_by_its_norm, a, b)) == [(a, b)]
+    with torch.enable_grad():
+        assert list(cut(rule, a, b)) == [(a, b)]

@@ -41,8 +41,17 @@ methods = pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name
 # --- what happens between two steps -------------------------------------------------------------
 
 
+@pytest.fixture(params=["glance", "inspect"])
+def looks(request, monkeypatch):
+    """A batch looks at its tensors through DLPack, or asks PyTorch about each."""
+    if request.param == "glance" and kernels.description() is None:
+        pytest.skip("this PyTorch hands out no function that describes a tensor")
+    monkeypatch.setattr(kernels, "MANY", 1 if request.param == "glance" else 10**9)
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 @methods
+@pytest.mark.usefixtures("looks")
 def test_scenarios(entry, name):
     case = happens(entry, name)
     case.check(case.measure())
@@ -199,6 +208,7 @@ def test_a_step_without_gradients_changes_nothing():
     }
 
 
+@pytest.mark.usefixtures("looks")
 def test_a_parameter_may_get_another_shape():
     """A kernel that went by the old one would read and write what lies behind the new memory."""
     results = []
@@ -212,6 +222,7 @@ def test_a_parameter_may_get_another_shape():
     assert compare(*results)["exact"]
 
 
+@pytest.mark.usefixtures("looks")
 def test_a_gradient_of_another_shape_is_refused():
     """As it is left behind where `data` was replaced: the kernel would read what lies behind."""
     [param] = Way(True).parameters(torch.float32, [(4,)])
@@ -224,6 +235,7 @@ def test_a_gradient_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
 @methods
+@pytest.mark.usefixtures("looks")
 def test_a_sparse_gradient_is_refused_before_anything_is_written(entry, warm):
     params = Way(True).parameters(torch.float32, SMALLER)
     made = go(Way(True).optimizer(entry, params), 2 * warm)
@@ -234,6 +246,69 @@ def test_a_sparse_gradient_is_refused_before_anything_is_written(entry, warm):
     with pytest.raises(RuntimeError, match="sparse gradients"):
         made.step()
     assert content(made) == before
+
+
+class Stranger(torch.Tensor):
+    pass
+
+
+def swap(tensor, **other):
+    tensor.data = torch.full_like(tensor, 0.25, **other)
+
+
+def first_state(optimizer):
+    return next(iter(optimizer.state.values()))
+
+
+DISTURBANCES = {
+    "nothing": lambda o, p: None,
+    "another gradient": lambda o, p: setattr(p, "grad", torch.ones_like(p)),
+    "a gradient of another type": lambda o, p: swap(p.grad, dtype=torch.float64),
+    "a gradient of another shape": lambda o, p: setattr(p.grad, "data", torch.ones(6, 4)),
+    "a gradient with more axes": lambda o, p: setattr(p.grad, "data", torch.ones(4, 6, 1)),
+    "a gradient with other strides": lambda o, p: setattr(p.grad, "data", torch.ones(6, 4).t()),
+    "a gradient of another class": lambda o, p: setattr(
+        p, "grad", torch.ones(4, 6).as_subclass(Stranger)
+    ),
+    "a sparse gradient": lambda o, p: setattr(p, "grad", torch.ones(4, 6).to_sparse()),
+    "a parameter elsewhere": lambda o, p: swap(p),
+    "a parameter of another shape": lambda o, p: setattr(p, "data", torch.ones(6, 4)),
+    "another state": lambda o, p: first_state(o).update(exp_avg=torch.ones(4, 6)),
+    "a state elsewhere": lambda o, p: swap(first_state(o)["exp_avg_sq"]),
+    "a shared state": lambda o, p: first_state(o)["exp_avg"].share_memory_(),
+    "a state of another type": lambda o, p: swap(first_state(o)["exp_avg"], dtype=torch.float64),
+    "another step": lambda o, p: first_state(o).update(step=torch.tensor(7.0)),
+    "a state less": lambda o, p: first_state(o).pop("exp_avg"),
+    "a state more": lambda o, p: first_state(o).update(note=1),
+    "a state taken out and put back": lambda o, p: first_state(o).update(
+        exp_avg=first_state(o).pop("exp_avg")
+    ),
+    "another dictionary": lambda o, p: o.state.update({p: dict(o.state[p])}),
+}
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES.values(), ids=list(DISTURBANCES))
+def test_a_glance_sees_what_an_inspection_sees(disturb, monkeypatch):
+    if kernels.description() is None:
+        pytest.skip("this PyTorch hands out no function that describes a tensor")
+    seen, steps = [], []
+    for many in (1, 10**9):
+        monkeypatch.setattr(kernels, "MANY", many)
+        made = go(Way(True).optimizer(ADAMW, Way(True).parameters(torch.float32, [(4, 6), (5,)])))
+        params = members(made)
+        feed(params, [torch.ones_like(p) for p in params])
+        made.step()
+        [batch] = made.__dict__["_plan"].batches
+        assert (batch.glance is not None) == (many == 1)
+        disturb(made, params[0])
+        grads = [param.grad for param in params]
+        fits = batch.point(grads)
+        now = [params, grads, *([made.state[p].get(k) for p in params] for k in batch.keys[:2])]
+        if fits:
+            assert batch.addresses.tolist() == [[x.data_ptr() for x in row] for row in now]
+            steps.append(batch.advance(batch.step_addresses, batch.steps, batch.wide(0)))
+        seen.append((fits, batch.steps.tolist()))
+    assert seen[0] == seen[1]
 
 
 def test_tensors_of_other_classes_are_left_alone():
@@ -497,6 +572,24 @@ def test_rules_that_no_compiler_takes(rule, message):
             made.step()
             assert not torch.equal(param, before)
             assert not made.__dict__["_plan"].batches
+
+
+def empty(grad, param, lr):
+    """Nothing."""
+
+
+def hidden(grad, param, lr):
+    divide = param / lr
+    return (divide - grad,)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [(empty, "followed by one return"), (hidden, "names a variable divide")],
+)
+def test_functions_that_are_no_rules(function, message):
+    with pytest.raises(kernels.Unsupported, match=message):
+        kernels.read(function)
 
 
 @every

@@ -321,3 +321,16 @@ def test_clips_equal_torchs_functions(bound, dtype):
             reference([param], bound)
             digits = 1e-6 if dtype in (torch.float64, torch.float32) else 2 * torch.finfo(dtype).eps
             torch.testing.assert_close(ours, param.grad, rtol=digits, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("clip", [agrlib.clip_norm, agrlib.clip_global_norm])
+def test_the_norm_of_complex_numbers_is_that_of_torch(clip):
+    params = [torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64)) for _ in range(2)]
+    params[1] = torch.nn.Parameter(torch.zeros(3))
+    for param, values in zip(params, ([3 + 4j, 1j], [1.0, -2.0, 0.0]), strict=True):
+        param.grad = torch.tensor(values, dtype=param.dtype)
+    ours = clip(0.5).map([param.grad for param in params])
+    together = [params] if clip is agrlib.clip_global_norm else [[param] for param in params]
+    for group in together:
+        torch.nn.utils.clip_grad_norm_(group, 0.5)
+    close(ours, [param.grad for param in params], 1e-6)

@@ -93,6 +93,12 @@ def test_stochastic_rounding_is_that_of_eager_steps_and_of_resumed_ones(interpre
     assert beside["equal"] > 0.999
 
 
+def test_powers_of_all_numbers(interpreted):
+    """Subnormal ones too, and powers that are subnormal or infinite."""
+    assert max(result(interpreted, "powers")[key] for key in ("0.3125", "0.75")) < 3
+    assert max(interpreted["powers"][key] for key in ("1.625", "3.0")) < 8
+
+
 @pytest.mark.parametrize("name", ["SGD-heavy-ball", "AdamW"])
 def test_a_gradient_scaler_never_waits_for_the_device(interpreted, name):
     """The kernel itself unscales, and writes nothing where an infinity was found."""

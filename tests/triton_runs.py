@@ -41,6 +41,7 @@ from fast import (
     stream,
     tensors,
 )
+from torch import pow as power
 
 import agrlib
 from agrlib import kernels
@@ -115,6 +116,41 @@ def overflow(entry: Any, fused: bool) -> dict[str, Any]:
     return dict(skipped=skipped, plain=plain)
 
 
+def raised(grad, param, lr, exponent):
+    return (power(grad, exponent),)
+
+
+class Powers(agrlib.GradientMethod):
+    """Leaves the power of the gradient in the parameter."""
+
+    counts_steps = False
+
+    def __init__(self, params: Any, exponent: float) -> None:
+        super().__init__(params, dict(lr=1.0, weight_decay=0.0, exponent=exponent), fused=True)
+
+    def update_rule(self, group: Any) -> Any:
+        return raised, ()
+
+    def scalars(self, group: Any, lr: Any, step: Any) -> Any:
+        return (lr, group["exponent"])
+
+
+def powers() -> dict[str, Any]:
+    """The largest relative error over all of float32, in roundings, for each exponent."""
+    x = torch.logspace(-149, 127.99, 4000, base=2.0, dtype=torch.float64).float()
+    found = {}
+    for exponent in (0.3125, 0.75, 1.625, 3.0):  # float32 has them
+        param = torch.nn.Parameter(torch.zeros_like(x))
+        step(Powers([param], exponent), [x])
+        exact = x.double() ** exponent
+        normal = (exact > 2.0**-126) & (exact < 2.0**127.9)
+        assert torch.equal(param.isinf()[exact > 2.0**128], (exact > 2.0**128)[exact > 2.0**128])
+        assert (param[exact < 2.0**-126] <= 2.0**-126).all()
+        off = (param.double() / exact - 1)[normal].abs().max().item()
+        found[str(exponent)] = off * 2**24
+    return found
+
+
 def runs() -> dict[str, Callable[[], dict[str, Any]]]:
     """Everything that the interpreter is asked, by name."""
     found: dict[str, Callable[[], Any]] = {name: case.measure for name, case in cases()}
@@ -129,6 +165,7 @@ def runs() -> dict[str, Callable[[], dict[str, Any]]]:
     for name in ("SGD-heavy-ball", "AdamW"):
         found[f"rounding {name}"] = lambda n=name: rounding(n)
         found[f"overflow {name}"] = lambda n=name: overflow(ENTRIES[n], True)
+    found["powers"] = powers
     found["beside eager"] = lambda: beside_eager(
         ENTRIES["AdamW"], torch.bfloat16, [], stochastic_rounding=True
     )
