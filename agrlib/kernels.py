@@ -237,7 +237,8 @@ from llvmlite import ir
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
-EXACT = dict(error_model="numpy", forceinline=True)  # IEEE: a quotient by zero is no exception
+INNER = dict(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+EXACT = dict(**INNER, forceinline=True)  # IEEE: a quotient by zero is no exception
 
 
 @intrinsic
@@ -419,14 +420,14 @@ def cpu_sum(program: Program, j: int) -> str:
         f"total = add(total, np.float64(summand_{j}(x)))",
     ]
     return (
-        f'@njit(error_model="numpy")\ndef sum_{j}({arguments}):\n'
+        f"@njit(**INNER)\ndef sum_{j}({arguments}):\n"
         f"    {cpu_array(program, 1, 'at')}\n    total = 0.0\n    for i in range(n):\n"
         f"{indent(body, 2)}\n    return total"
     )
 
 
 CPU_AHEAD = """
-AHEAD = 2048  # entries
+BLOCK, AHEAD = 256, 2048  # entries
 
 
 @intrinsic
@@ -465,15 +466,17 @@ def cpu_reduce(program: Program, j: int) -> str:
     body = [
         f"at, left = grad + {size} * r * cols, cols",
         *row_totals(program, j, "sum_{j}(at, cols, scale, {context})"),
-        "while left > AHEAD:",
-        f"    for line in range(0, {64 * size}, 64):",
-        f"        prefetch(at + {size} * AHEAD + line)",
-        f"    total += sum_{j}(at, 64, {rest})",
-        f"    at, left = at + {64 * size}, left - 64",
-        f"total += sum_{j}(at, left, {rest})",
+        "while left > 0:",
+        "    n = left",
+        "    if left > AHEAD:",
+        "        n = BLOCK",
+        f"        for line in range(0, {size} * BLOCK, 64):",
+        f"            prefetch(at + {size} * AHEAD + line)",
+        f"    total += sum_{j}(at, n, {rest})",
+        f"    at, left = at + {size} * n, left - n",
     ]
     return (
-        f'@njit(error_model="numpy")\ndef reduce_{j}({arguments}):\n'
+        f"@njit(**INNER)\ndef reduce_{j}({arguments}):\n"
         f"    total = 0.0\n    for r in range(rows):\n{indent(body, 2)}\n    return total"
     )
 
@@ -516,7 +519,7 @@ def cpu_row(program: Program) -> str:
     unpacked[1] = "decays = numbers[1] != F(0)"
     arrays = [cpu_array(program, role, f"at_{role}") for role in roles]
     return (
-        f'@njit(error_model="numpy")\ndef update_row({", ".join(arguments)}):\n'
+        f"@njit(**INNER)\ndef update_row({', '.join(arguments)}):\n"
         f"{indent([*arrays, *unpacked], 1)}\n    for i in range(n):\n{indent(body, 2)}"
     )
 
@@ -535,7 +538,7 @@ def cpu_update(program: Program) -> str:
         f"update_row({', '.join(call)})",
     ]
     return (
-        f'@njit(error_model="numpy")\ndef update({", ".join(arguments)}):\n'
+        f"@njit(**INNER)\ndef update({', '.join(arguments)}):\n"
         f"    for r in range(rows):\n{indent(body, 2)}"
     )
 
@@ -566,7 +569,7 @@ def cpu_work(program: Program) -> str:
     sums = len(program.whole)
     return (
         f"SUMS = {sums}  # the phases before the update; a small tensor goes through all at once\n"
-        f'WHOLE = {sums + 1}\n\n\n@njit(error_model="numpy")\ndef work(phase, k, items, table, '
+        f"WHOLE = {sums + 1}\n\n\n@njit(**INNER)\ndef work(phase, k, items, table, "
         "flags, classes, numbers, totals, counts, constants, scale, seeds, partial):\n"
         + indent(lines, 1)
     )
@@ -991,7 +994,7 @@ def gpu_update(program: Program) -> str:
     return f"@triton.jit\ndef update({GPU_ARGUMENTS}):\n{indent(lines, 1)}"
 
 
-DTYPE, DEVICE, SHAPE = map(attrgetter, ("dtype", "device", "shape"))
+FORM = attrgetter("dtype", "device", "shape")
 PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
 
 
@@ -1340,6 +1343,7 @@ class Batch:
         self.shapes = [part.shape for part in self.parts]
         self.sharded = any(map(is_sharded, self.params))
         self.device = self.params[0].device
+        self.forms = [[(d, self.device, shape) for shape in self.shapes] for d in program.dtypes]
         self.whole = [chain[j] for j in program.whole]
         covers = [[f.covers(p) for p in self.params] for f in chain]
         self.covers = np.array(covers, np.bool_).reshape(len(chain), len(members))
@@ -1367,10 +1371,7 @@ class Batch:
         if self.sharded and list(map(placements, tensors)) != list(map(placements, self.params)):
             return False
         parts = self.parts_of(tensors)
-        dtypes = {self.program.dtypes[role]}
-        if not (set(map(type, parts)) <= PLAIN and set(map(DTYPE, parts)) <= dtypes):
-            return False
-        if set(map(DEVICE, parts)) != {self.device} or list(map(SHAPE, parts)) != self.shapes:
+        if not set(map(type, parts)) <= PLAIN or list(map(FORM, parts)) != self.forms[role]:
             return False
         if self.contiguous and all(map(Tensor.is_contiguous, parts)):  # the quicker question
             return True
@@ -1420,11 +1421,13 @@ class Batch:
         except (KeyError, RuntimeError):  # a state was removed, or a gradient is sparse
             return False
         addresses = np.array(found, np.int64)
-        for role in np.flatnonzero((addresses != self.addresses).any(axis=1)).tolist():
-            if seen[role] and not self.has_form(role, rows[role]):  # the same object moved
+        moved = (addresses != self.addresses).any(axis=1).tolist()
+        for role, (same, elsewhere) in enumerate(zip(seen, moved, strict=False)):  # not the steps
+            if same and elsewhere and not self.has_form(role, rows[role]):
                 return False
         self.tensors = rows
-        self.place(addresses)
+        if any(moved) or not all(seen[roles:]):
+            self.place(addresses)
         self.glance = Glance.at(self, states)
         return True
 
