@@ -393,7 +393,7 @@ def cpu_source(program: Program) -> str:
         parts.append(text)
     parts += functions(program, "@njit(**EXACT)", exact_division=False)
     parts += [cpu_sum(program, j) for j, stage in enumerate(program.stages) if stage.over]
-    parts += [CPU_AHEAD.strip("\n")] if program.whole else []
+    parts += [CPU_AHEAD.strip("\n"), cpu_fetch(program)]
     parts += [cpu_reduce(program, j) for j in program.whole]
     parts += [cpu_row(program), cpu_update(program), cpu_work(program), CPU_RUN.strip("\n")]
     return "\n\n\n".join(parts) + "\n"
@@ -427,7 +427,7 @@ def cpu_sum(program: Program, j: int) -> str:
 
 
 CPU_AHEAD = """
-BLOCK, AHEAD = 256, 2048  # entries
+BLOCK, AHEAD, LITTLE = 256, 2048, 4096  # entries
 
 
 @intrinsic
@@ -442,6 +442,18 @@ def prefetch(typing, address):
 
     return types.void(types.int64), build
 """
+
+
+def cpu_fetch(program: Program) -> str:
+    """Return the function that asks for an item, if it is little."""
+    lines = ["t, first, size = items[k, 0], items[k, 1], items[k, 2] * items[k, 3]"]
+    lines += ["if size > LITTLE:", "    return"]
+    for role, dtype in enumerate(program.dtypes):
+        lines += [
+            f"for line in range(0, {dtype.itemsize} * size, 64):",
+            f"    prefetch(table[{role}, t] + {dtype.itemsize} * first + line)",
+        ]
+    return f"@njit(**INNER)\ndef fetch(k, items, table):\n{indent(lines, 1)}"
 
 
 def row_totals(program: Program, upto: int, call: str) -> list[str]:
@@ -583,6 +595,8 @@ def run(waves, bounds, order, items, table, flags, classes, numbers, totals, cou
         phase = waves[w]
         for worker in prange(bounds.shape[1] - 1):
             for k in range(bounds[w, worker], bounds[w, worker + 1]):
+                if phase >= SUMS and k + 1 < bounds[w, worker + 1]:
+                    fetch(order[k + 1], items, table)
                 work(phase, order[k], items, table, flags, classes, numbers, totals, counts,
                      constants, scale, seeds, partial)
         if phase < SUMS:  # in the order of the items, whoever has summed them
@@ -638,29 +652,32 @@ def tell(typing, function):
 
 
 @njit(cache=True)
-def look(describe, forget, params, objects, known, places, device, dtypes, forms, addresses,
+def look(describe, forget, params, objects, known, places, device, dtypes, forms, old, addresses,
          answer):
+    moved = 0
     objects = carray(pointer(objects, np.int64(0)), (len(known),))
     for k in range(len(forms), len(known)):
         if objects[k] != known[k]:
-            return False
+            return -1
     for role in range(len(dtypes)):
         for t in range(len(forms)):
             tensor = params[t] if role == 0 else objects[places[role, t]]
             if ask(describe, tensor, answer.ctypes.data) != 0:
                 tell(forget)  # a Python error
-                return False
+                return -1
             axes = answer[2] & 0xFFFFFFFF
             if answer[1] != device or answer[2] >> 32 != dtypes[role] or axes != forms[t, 0]:
-                return False
+                return -1
             shape = carray(pointer(answer[3], np.int64(0)), (axes,))
             strides = carray(pointer(answer[4], np.int64(0)), (axes,))
             for a in range(axes):
                 size, stride = forms[t, 1 + 2 * a], forms[t, 2 + 2 * a]
                 if shape[a] != size or (size != 1 and strides[a] != stride):
-                    return False
+                    return -1
             addresses[role, t] = answer[0] + answer[5]
-    return True
+            if addresses[role, t] != old[role, t]:
+                moved = 1
+    return moved
 """
 
 
@@ -1319,10 +1336,12 @@ class Glance:
         except ValueError:  # a state has lost an entry
             return None
         addresses, old = np.empty_like(self.places), self.batch.addresses
-        tables = self.places, self.device, self.dtypes, self.forms, addresses, self.answer
-        if not self.run(*self.functions, self.params, objects.ctypes.data, self.known, *tables):
-            return None
-        return old if np.array_equal(addresses, old) else addresses
+        place, known = objects.__array_interface__["data"][0], self.known
+        forms = self.places, self.device, self.dtypes, self.forms
+        found = self.run(
+            *self.functions, self.params, place, known, *forms, old, addresses, self.answer
+        )
+        return None if found < 0 else addresses if found else old
 
 
 class Batch:
