@@ -209,7 +209,7 @@ class Tensors:
         return sum(param.numel() for param in self.params)
 
     def refresh(self) -> None:
-        """Draw all numbers anew; those of the state are positive, so that all have a root."""
+        """Write all numbers again; those of the state are positive, so that all have a root."""
         fill([param.detach() for param in self.params], 0.02 * self.noise)
         fill(self.grads, 1e-3 * self.noise)
         for tensors in self.state.values():

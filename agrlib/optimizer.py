@@ -51,7 +51,8 @@ def is_arithmetic(function: Callable[..., Any]) -> bool:
 def parts_of(function: Callable[..., Any], *tensors: Tensor) -> Iterable[Sequence[Tensor]]:
     """Cut large tensors of the CPU, if a function of numbers is applied to them.
 
-    A step from one whole tensor to the next would ask the system for new memory each time.
+    The result of an operation on a large tensor needs new memory from the system; those on parts
+    use the same memory, and the cache, again and again.
     """
     size = tensors[0].numel()
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
