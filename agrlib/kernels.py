@@ -20,7 +20,7 @@ import sys
 import tempfile
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter, is_, itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -40,6 +40,7 @@ from agrlib.optimizer import (
     decay_parameter,
     noise_seed,
     part_number,
+    remembered,
     state_dtype,
 )
 
@@ -62,7 +63,7 @@ GRAMMAR = (
 )
 
 
-@functools.cache
+@remembered
 def read(function: Callable[..., Any]) -> ast.FunctionDef:
     """Return the syntax of a function in rule arithmetic, without all that does not compute.
 
@@ -81,6 +82,8 @@ def read(function: Callable[..., Any]) -> ast.FunctionDef:
     Source: chapter "One rule, three compilers".
     """
     name = getattr(function, "__name__", repr(function))
+    if hasattr(function, "__wrapped__"):
+        raise Unsupported(f"{name} is wrapped by a decorator")
     try:
         [node] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, TypeError, SyntaxError, ValueError) as error:
@@ -652,28 +655,35 @@ def tell(typing, function):
 
 
 @njit(cache=True)
-def look(describe, forget, params, objects, known, places, device, dtypes, forms, old, addresses,
-         answer):
+def look(describe, forget, params, objects, known, places, device, dtypes, steps, forms, old,
+         addresses, answer):
     moved = 0
     objects = carray(pointer(objects, np.int64(0)), (len(known),))
     for k in range(len(forms), len(known)):
         if objects[k] != known[k]:
             return -1
-    for role in range(len(dtypes)):
+    for role in range(len(addresses)):
         for t in range(len(forms)):
             tensor = params[t] if role == 0 else objects[places[role, t]]
             if ask(describe, tensor, answer.ctypes.data) != 0:
                 tell(forget)  # a Python error
                 return -1
             axes = answer[2] & 0xFFFFFFFF
-            if answer[1] != device or answer[2] >> 32 != dtypes[role] or axes != forms[t, 0]:
+            if answer[0] == 0 or answer[1] != device or answer[2] >> 32 != dtypes[role]:
                 return -1
             shape = carray(pointer(answer[3], np.int64(0)), (axes,))
             strides = carray(pointer(answer[4], np.int64(0)), (axes,))
-            for a in range(axes):
-                size, stride = forms[t, 1 + 2 * a], forms[t, 2 + 2 * a]
-                if shape[a] != size or (size != 1 and strides[a] != stride):
-                    return -1
+            if role == steps:
+                for a in range(axes):
+                    if shape[a] != 1:
+                        return -1
+            elif axes != forms[t, 0]:
+                return -1
+            else:
+                for a in range(axes):
+                    size, stride = forms[t, 1 + 2 * a], forms[t, 2 + 2 * a]
+                    if shape[a] != size or (size != 1 and strides[a] != stride):
+                        return -1
             addresses[role, t] = answer[0] + answer[5]
             if addresses[role, t] != old[role, t]:
                 moved = 1
@@ -1117,6 +1127,8 @@ def obstacle(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None
             return f"there is no kernel for tensors of the class {type(tensor).__name__}"
         if tensor.dtype not in kinds:
             return f"there is no kernel for {tensor.dtype}"
+        if tensor.is_neg() or (local(tensor).numel() and not local(tensor).data_ptr()):
+            return "a tensor's numbers do not lie in memory as they are"
         if tensor.device != param.device:
             return "a gradient or state is on another device than its parameter"
         if tensor.shape != param.shape:
@@ -1157,7 +1169,7 @@ def refusal(function: Callable[..., Any]) -> str | None:
     return None
 
 
-@functools.cache
+@remembered
 def exponents(rule: Callable[..., Any]) -> tuple[str, ...]:
     """Return to what a rule, or a function of a transform, raises something."""
     calls = [node for node in ast.walk(read(rule)) if isinstance(node, ast.Call)]
@@ -1299,20 +1311,20 @@ class Glance:
         assert found is not None
         self.functions, self.batch, self.states = found, batch, states
         self.run = load(CPU_STEPS, "steps").look
-        self.values = list(itertools.chain.from_iterable(map(dict.values, states)))
-        size = len(batch.params)
+        self.get = itemgetter(*batch.keys) if batch.keys else lambda state: ()
+        self.values = list(self.values_of(states))
+        size, keys = len(batch.params), len(batch.keys)
+        self.single = [i for i, shape in enumerate(batch.shapes) if shape.numel() == 1]
         self.params = np.array([*map(id, batch.params)], np.int64)  # in CPython, the address
         gradients = [0] * size  # may be other objects in each step
         self.known = np.array([*gradients, *map(id, self.values)], np.int64)
-        begins = np.cumsum([size, *map(len, states)])[:-1].tolist()
-        places = [gradients, list(range(size))]
-        for key in batch.program.state:
-            pairs = zip(begins, states, strict=True)
-            places.append([begin + list(state).index(key) for begin, state in pairs])
-        self.places = np.array(places, np.int64)
+        states_at = size + np.arange(size * keys).reshape(size, keys).T
+        self.places = np.vstack([np.zeros(size, np.int64), np.arange(size), states_at])
         kind, number = batch.params[0].__dlpack_device__()
         self.device = int(kind) | number << 32
-        self.dtypes = np.array([self.DTYPES[dtype] for dtype in batch.program.dtypes], np.int64)
+        dtypes = [*batch.program.dtypes, *[torch.float32] * batch.counts_steps]
+        self.dtypes = np.array([self.DTYPES[dtype] for dtype in dtypes], np.int64)
+        self.steps = len(dtypes) - 1 if batch.counts_steps else -1
         axes = max(map(len, batch.shapes))
         self.forms = np.zeros((size, 1 + 2 * axes), np.int64)
         for form, shape, strides in zip(self.forms, batch.shapes, batch.strides, strict=True):
@@ -1326,18 +1338,25 @@ class Glance:
         few = len(batch.params) < MANY or batch.sharded or any(0 in s for s in batch.shapes)
         return None if few or description() is None else cls(batch, states)
 
+    def values_of(self, states: list[dict[str, Tensor]]) -> Iterator[Tensor]:
+        """Return the tensors of all states."""
+        values = map(self.get, states)
+        return values if len(self.batch.keys) == 1 else itertools.chain.from_iterable(values)
+
     def look(self, states: list[dict[str, Tensor]], grads: list[Tensor]) -> np.ndarray | None:
         """Return the addresses of all tensors, the same array if none moved; None if in doubt."""
         if states is not self.states or not set(map(type, grads)) <= PLAIN:
             return None
-        values = itertools.chain.from_iterable(map(dict.values, states))
+        if any(grads[i].is_neg() for i in self.single):
+            return None
+        everything = itertools.chain(grads, self.values_of(states))
         try:
-            objects = np.fromiter(itertools.chain(grads, values), object, len(self.known))
-        except ValueError:  # a state has lost an entry
+            objects = np.fromiter(everything, object, len(self.known))
+        except KeyError:  # a state has lost an entry
             return None
         addresses, old = np.empty_like(self.places), self.batch.addresses
         place, known = objects.__array_interface__["data"][0], self.known
-        forms = self.places, self.device, self.dtypes, self.forms
+        forms = self.places, self.device, self.dtypes, self.steps, self.forms
         found = self.run(
             *self.functions, self.params, place, known, *forms, old, addresses, self.answer
         )
@@ -1378,7 +1397,7 @@ class Batch:
         self.keys = [*program.state, *(["step"] if self.counts_steps else [])]
         self.new = np.array([member.new for member in members], np.bool_)
         self.tensors: list[list[Tensor]] = []
-        self.addresses = np.zeros((len(program.dtypes), len(members)), np.int64)
+        self.addresses = np.zeros((2 + len(self.keys), len(members)), np.int64)
         self.glance: Glance | None = None
         self.every: list[dict[str, Tensor]] = []
         self.states: list[dict[str, Tensor]] = []
@@ -1391,6 +1410,8 @@ class Batch:
             return False
         parts = self.parts_of(tensors)
         if not set(map(type, parts)) <= PLAIN or list(map(FORM, parts)) != self.forms[role]:
+            return False
+        if any(part.is_neg() for part in parts if part.numel() == 1):  # others have other strides
             return False
         if self.contiguous and all(map(Tensor.is_contiguous, parts)):  # the quicker question
             return True
@@ -1410,7 +1431,7 @@ class Batch:
 
     def find_states(self) -> list[dict[str, Tensor]]:
         """Return each parameter's state; looked up again only if the optimizer's has changed."""
-        every = list(self.optimizer.state.values())
+        every = [*self.optimizer.state, *self.optimizer.state.values()]
         if len(every) != len(self.every) or not all(map(is_, every, self.every)):
             self.states = [self.optimizer.state.get(p, {}) for p in self.params]
             self.every = every
@@ -1428,7 +1449,6 @@ class Batch:
 
     def inspect(self, states: list[dict[str, Tensor]], grads: list[Tensor]) -> bool:
         """Look up all tensors again, one question after the other."""
-        roles = len(self.program.dtypes)
         try:
             rows = [self.params, grads, *(list(map(itemgetter(k), states)) for k in self.keys)]
             known = self.tensors or [[] for _ in rows]
@@ -1436,16 +1456,18 @@ class Batch:
             seen = [bool(old) and all(map(is_, row, old)) for row, old in pairs]
             if not all(same or self.has_form(role, rows[role]) for role, same in enumerate(seen)):
                 return False
-            found = [list(map(Tensor.data_ptr, self.parts_of(row))) for row in rows[:roles]]
+            found = [list(map(Tensor.data_ptr, self.parts_of(row))) for row in rows]
         except (KeyError, RuntimeError):  # a state was removed, or a gradient is sparse
             return False
         addresses = np.array(found, np.int64)
+        if not addresses[:, self.entries > 0].all():  # a tensor without memory
+            return False
         moved = (addresses != self.addresses).any(axis=1).tolist()
-        for role, (same, elsewhere) in enumerate(zip(seen, moved, strict=False)):  # not the steps
+        for role, (same, elsewhere) in enumerate(zip(seen, moved, strict=True)):
             if same and elsewhere and not self.has_form(role, rows[role]):
                 return False
         self.tensors = rows
-        if any(moved) or not all(seen[roles:]):
+        if any(moved):
             self.place(addresses)
         self.glance = Glance.at(self, states)
         return True
@@ -1548,8 +1570,7 @@ class CPUBatch(Batch):
 
     def place(self, addresses: np.ndarray) -> None:
         self.addresses = addresses
-        if self.counts_steps:
-            self.step_addresses[:] = list(map(Tensor.data_ptr, self.tensors[-1]))
+        self.step_addresses = addresses[-1] if self.counts_steps else addresses[0, :0]
 
     def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.arrange()
@@ -1650,7 +1671,8 @@ class GPUBatch(Batch):
     def place(self, addresses: np.ndarray) -> None:
         if self.placed and np.array_equal(addresses, self.addresses):
             return
-        self.addresses, table, self.placed = addresses, torch.from_numpy(addresses), True
+        self.addresses, self.placed = addresses, True
+        table = torch.from_numpy(addresses[: len(self.program.dtypes)])
         columns = (part.numel() // part.shape[0] for part in self.row_parts())
         self.aligned = not (table % 16).any() and all(cols % 16 == 0 for cols in columns)
         if not self.capturing:
@@ -1995,7 +2017,7 @@ class Plan:
         found_inf = getattr(self.optimizer, "found_inf", None)
         for batch in self.batches:
             waits = self.waits(batch)
-            if waits or not batch.tensors:
+            if shaped or not batch.tensors:  # users' functions may have moved anything
                 given = [
                     like_param(shaped[m.number], m.param) if waits else grads[m.number]
                     for m in batch.members

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import types
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -36,7 +37,22 @@ def add_up(terms: Tensor, rows: bool = False) -> Tensor:
     return terms.sum(dtype=dtype)
 
 
-@functools.cache
+def remembered(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keep what a function returns for a Python function, as long as that one exists."""
+    known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def recall(key: Any) -> Any:
+        if not isinstance(key, types.FunctionType):  # others may not be hashable
+            return function(key)
+        if key not in known:
+            known[key] = function(key)
+        return known[key]
+
+    return recall
+
+
+@remembered
 def is_arithmetic(function: Callable[..., Any]) -> bool:
     """Whether a function is one of numbers, so that it may be applied to parts of tensors."""
     from agrlib.kernels import Unsupported, read
@@ -48,7 +64,7 @@ def is_arithmetic(function: Callable[..., Any]) -> bool:
     return True
 
 
-def parts_of(function: Callable[..., Any], *tensors: Tensor) -> Iterable[Sequence[Tensor]]:
+def parts_of(function: Callable[..., Any], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut large tensors of the CPU, if a function of numbers is applied to them.
 
     The result of an operation on a large tensor needs new memory from the system; those on parts
@@ -62,7 +78,7 @@ def parts_of(function: Callable[..., Any], *tensors: Tensor) -> Iterable[Sequenc
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
         if not plain or not tensor.is_contiguous() or tensor.shape != tensors[0].shape:
             return [tensors]
-    return zip(*(t.view(-1).split(PART) for t in tensors), strict=True)
+    return list(zip(*(t.view(-1).split(PART) for t in tensors), strict=True))
 
 
 def gathered(total: Tensor) -> Tensor:
@@ -156,9 +172,13 @@ class Transform:
 
     def apply_to(self, value: Tensor, *extra: Any) -> Tensor:
         """Apply to one tensor; a total of each row belongs to the whole of it."""
-        parts = parts_of(self.apply, value) if self.over != "row" else [(value,)]
-        results = [self.apply(part, *extra) for (part,) in parts]
-        return torch.cat(results).view(value.shape) if len(results) > 1 else results[0]
+        parts = parts_of(self.apply, value) if self.over != "row" else []
+        if len(parts) < 2:
+            return self.apply(value, *extra)
+        result = torch.empty_like(value)
+        for (part,), target in zip(parts, result.view(-1).split(PART), strict=True):
+            target.copy_(self.apply(part, *extra))
+        return result
 
     def covers(self, grad: Tensor) -> bool:
         """Whether a tensor of this shape is transformed at all."""
@@ -756,13 +776,14 @@ class GradientMethod(RecordedOptimizer):
             result, *outputs = self._apply_rule(group, value, part, inputs, lr, scalars)
             if seed is not None:
                 result = round_stochastically(result, seed.to(param.device), first)
+            result = like(result, value)
             new = [like(output, tensor) for output, tensor in zip(outputs, inputs, strict=True)]
             if self.defaults["differentiable"]:
                 old = new
             else:
                 for tensor, output in zip(inputs, new, strict=True):
                     tensor.copy_(output)
-            value.copy_(like(result, value))
+            value.copy_(result)
             first += value.numel()
         state.update(zip(keys, old, strict=True))
         if count is not None:
@@ -789,11 +810,15 @@ class GradientMethod(RecordedOptimizer):
             grad = decay_gradient(grad, value, group["weight_decay"])
         if self.weight_decay_acts_on == "parameter" and group["weight_decay"] != 0:
             value = decay_parameter(value, lr * group["weight_decay"])
-        result = rule(grad, value, *(as_real(x).to(value.dtype) for x in inputs), *scalars)
+        given = [value, *(as_real(x).to(value.dtype) for x in inputs)]
+        result = rule(grad, *given, *scalars)
         if not isinstance(result, tuple) or len(result) != 1 + len(keys):
             names = ", ".join(("param", *keys))
             raise TypeError(f"rule {rule.__name__} must return the tuple ({names})")
-        return result
+        return tuple(  # what goes elsewhere must not be overwritten before
+            new.clone() if any(new is tensor for j, tensor in enumerate(given) if j != i) else new
+            for i, new in enumerate(result)
+        )
 
     def _first_state(self, group: Group, param: Tensor, key: str) -> Tensor:
         """Make a state tensor; torch fills both parts of a complex one."""

@@ -484,6 +484,41 @@ def copied_and_pickled(entry, way):
     return thawed
 
 
+def step_in_place(optimizer, steps=2, seed=2):
+    """Steps whose gradients lie where the last ones lay."""
+    for grads in stream(optimizer, steps, seed):
+        for param, grad in zip(members(optimizer), grads, strict=True):
+            param.grad.copy_(grad)
+        optimizer.step()
+    return optimizer
+
+
+@scenario
+def only_the_step_moves(entry, way):
+    optimizer = step_in_place(start(entry, way))
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].data = state["step"].data + 5
+    return step_in_place(optimizer, 3)
+
+
+@scenario
+def a_state_gets_another_name(entry, way):
+    optimizer = step_in_place(start(entry, way))
+    for state in optimizer.state.values():
+        state["saved"] = state.pop(next(key for key in state if key != "step"))
+    return step_in_place(optimizer)
+
+
+@scenario
+def states_change_places(entry, way):
+    optimizer = go(way.optimizer(entry, way.parameters(torch.float32, [(4,), (4,)])))
+    one, two = members(optimizer)
+    first, second = optimizer.state.pop(one), optimizer.state.pop(two)
+    optimizer.state[two], optimizer.state[one] = first, second
+    return step_in_place(optimizer)
+
+
 def misplaced(tensor: Tensor) -> Tensor:
     """The same numbers where no 16 bytes begin."""
     room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)

@@ -1,6 +1,7 @@
 """What torch's own optimizers are tested for, run through the list in contract.py."""
 
 import copy
+import functools
 import math
 import pickle
 import re
@@ -973,3 +974,97 @@ def test_what_is_cut_into_parts(monkeypatch):
     assert list(cut(scaled_by_its_norm, a, b)) == [(a, b)]
     with torch.enable_grad():
         assert list(cut(rule, a, b)) == [(a, b)]
+
+
+def swap(grad, param, memory, lr):
+    return memory, param
+
+
+def delay(grad, param, last, older, lr):
+    return param - lr * older, grad, last
+
+
+def method(rule, *keys):
+    class Method(GradientMethod):
+        counts_steps = False
+
+        def update_rule(self, group):
+            return rule, keys
+
+        def scalars(self, group, lr, step):
+            return (lr,)
+
+    return Method
+
+
+def test_a_rule_may_hand_its_inputs_on():
+    """Nothing is overwritten before it has been copied to where it goes."""
+    for rule, keys, expected in (
+        (swap, ("memory",), [0.0, 1.0, 0.0, 1.0]),
+        (delay, ("last", "older"), [1.0, 1.0, 0.0, -2.0]),
+    ):
+        param = torch.nn.Parameter(torch.ones(1))
+        made = method(rule, *keys)([param], dict(lr=1.0, weight_decay=0.0), fused=False)
+        found = []
+        for k in range(4):
+            step(made, [torch.full((1,), k + 1.0)])
+            found.append(param.item())
+        assert found == expected
+
+
+def test_a_result_of_a_wrong_shape_leaves_everything_as_it_was():
+    def faulty(grad, param, memory, lr):
+        return torch.ones(7), memory + grad
+
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    made = method(faulty, "memory")([param], dict(lr=1.0, weight_decay=0.0), fused=False)
+    made.state[param]["memory"] = torch.zeros(3)
+    before = content(made)
+    with pytest.raises(RuntimeError, match="shape"):
+        made.step()
+    assert content(made) == before
+
+
+class Twice:
+    __hash__ = None
+
+    def __call__(self, grad):
+        return 2 * grad
+
+
+def by_its_norm(function):
+    @functools.wraps(function)
+    def wrapped(grad):
+        return function(grad / grad.norm())
+
+    return wrapped
+
+
+@by_its_norm
+def unit(grad):
+    return grad
+
+
+def total_only(grad, total):
+    return total
+
+
+def itself(grad):
+    return grad
+
+
+@pytest.mark.parametrize(
+    "made, expected",
+    [
+        (agrlib.Transform(Twice(), name="twice"), 2.0),
+        (agrlib.Transform(unit), 0.1),
+        (agrlib.Transform(total_only, over="tensor", summand=itself), 100.0),
+    ],
+    ids=["unhashable", "wrapped", "total"],
+)
+def test_transforms_of_large_tensors_may_be_anything(made, expected, monkeypatch):
+    monkeypatch.setattr(agrlib.optimizer, "PART", 10)
+    param = torch.nn.Parameter(torch.zeros(100))
+    step(agrlib.SGD([param], lr=1.0, fused=False, transforms=[made]), [torch.ones(100)])
+    torch.testing.assert_close(param.detach(), torch.full((100,), -expected))

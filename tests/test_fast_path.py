@@ -1,12 +1,14 @@
 """How a step comes to its kernels: checkpoints, users' functions, scalers, processes, memory."""
 
 import copy
+import gc
 import io
 import os
 import subprocess
 import sys
 import textwrap
 import tracemalloc
+import weakref
 
 import pytest
 import torch
@@ -284,7 +286,80 @@ DISTURBANCES = {
         exp_avg=first_state(o).pop("exp_avg")
     ),
     "another dictionary": lambda o, p: o.state.update({p: dict(o.state[p])}),
+    "a step elsewhere": lambda o, p: swap(first_state(o)["step"]),
+    "a step of another type": lambda o, p: swap(first_state(o)["step"], dtype=torch.float64),
+    "a step of another shape": lambda o, p: setattr(first_state(o)["step"], "data", torch.ones(2)),
+    "keys exchanged": lambda o, p: first_state(o).update(
+        exp_avg=first_state(o)["exp_avg_sq"], exp_avg_sq=first_state(o)["exp_avg"]
+    ),
+    "a gradient without memory": lambda o, p: setattr(
+        p, "grad", torch._efficientzerotensor((4, 6))
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [lambda: torch.tensor([1 + 2j]).conj().imag, lambda: torch._efficientzerotensor((1,))],
+    ids=["negative", "zero"],
+)
+@pytest.mark.usefixtures("looks")
+def test_gradients_whose_numbers_do_not_lie_in_memory(grad):
+    """A kernel would read their addresses."""
+    results = []
+    for fused in (None, False):
+        params = [torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(MANY))]
+        made = agrlib.SGD(params, lr=1.0, fused=fused)
+        for odd in (False, True, False):
+            feed(params, [torch.ones(1), torch.ones(MANY)])
+            params[0].grad = grad() if odd else params[0].grad
+            made.step()
+        results.append(params[0].item())
+    assert results[0] == results[1]
+    param = torch.nn.Parameter(torch.ones(1))
+    param.grad = grad()
+    with pytest.raises(RuntimeError, match="do not lie in memory as they are"):
+        agrlib.SGD([param], fused=True).step()
+    assert param.item() == 1
+
+
+def test_a_users_function_may_move_parameters():
+    results = []
+    for fused in (None, False):
+        one, two = torch.nn.Parameter(torch.zeros(MANY)), torch.nn.Parameter(torch.zeros(MANY))
+
+        def move(grad, one=one):
+            one.data = one.data + 1
+            return grad
+
+        groups = [dict(params=[one]), dict(params=[two], transforms=[move])]
+        made = agrlib.SGD(groups, lr=1.0, fused=fused)
+        for _ in range(3):
+            feed([one, two], [torch.ones(MANY)] * 2)
+            made.step()
+        results.append((one.unique().tolist(), two.unique().tolist()))
+    assert results[0] == results[1] == ([0.0], [-3.0])
+
+
+def test_a_rule_made_anew_in_each_step_keeps_nothing_alive():
+    class Nested(agrlib.SGD):
+        def update_rule(self, group):
+            def rule(grad, param, lr):
+                return (param - lr * grad,)
+
+            return rule, ()
+
+        def scalars(self, group, lr, step):
+            return (lr,)
+
+    param = torch.nn.Parameter(torch.ones(3))
+    made = Nested([param], fused=True)
+    for _ in range(3):
+        step(made, [torch.ones(3)])
+    gone = weakref.ref(made.update_rule(made.param_groups[0])[0])
+    made = weakref.ref(made)
+    gc.collect()
+    assert gone() is None and made() is None
 
 
 @pytest.mark.parametrize("disturb", DISTURBANCES.values(), ids=list(DISTURBANCES))
@@ -303,7 +378,7 @@ def test_a_glance_sees_what_an_inspection_sees(disturb, monkeypatch):
         disturb(made, params[0])
         grads = [param.grad for param in params]
         fits = batch.point(grads)
-        now = [params, grads, *([made.state[p].get(k) for p in params] for k in batch.keys[:2])]
+        now = [params, grads, *([made.state[p].get(k) for p in params] for k in batch.keys)]
         if fits:
             assert batch.addresses.tolist() == [[x.data_ptr() for x in row] for row in now]
             steps.append(batch.advance(batch.step_addresses, batch.steps, batch.wide(0)))
