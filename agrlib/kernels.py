@@ -1388,6 +1388,7 @@ class Batch:
         by_row = [f for f in chain if f.over == "row"]
         self.by_row = [any(f.covers(p) for f in by_row) for p in self.params]
         self.entries = np.array([float(p.numel()) for p in self.params])
+        self.filled = np.array([part.numel() > 0 for part in self.parts])
         self.counts = torch.from_numpy(np.tile(self.entries, (len(self.whole), 1)))
         self.totals = torch.zeros_like(self.counts)
         groups = [member.group for member in members]
@@ -1460,7 +1461,7 @@ class Batch:
         except (KeyError, RuntimeError):  # a state was removed, or a gradient is sparse
             return False
         addresses = np.array(found, np.int64)
-        if not addresses[:, self.entries > 0].all():  # a tensor without memory
+        if not addresses[:, self.filled].all():  # a tensor without memory
             return False
         moved = (addresses != self.addresses).any(axis=1).tolist()
         for role, (same, elsewhere) in enumerate(zip(seen, moved, strict=True)):
