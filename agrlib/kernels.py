@@ -1258,7 +1258,7 @@ class Waves(NamedTuple):
         return cls(np.array(phases, np.int64), table, np.concatenate(order))
 
 
-MANY = 100  # tensors of a batch from which on a glance is worth its own compilation
+MANY = 32  # tensors of a batch from which on a glance is worth its own compilation
 
 
 class ExchangeAPI(ctypes.Structure):
