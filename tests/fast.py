@@ -449,14 +449,18 @@ def the_chain_changes(entry, way):
     return go(optimizer)
 
 
-@scenario
-def gradients_keep_their_memory(entry, way):
-    optimizer = start(entry, way)
-    for grads in stream(optimizer, 3, seed=2):
+def step_in_place(optimizer, steps=2, seed=2):
+    """Steps whose gradients lie where the last ones lay."""
+    for grads in stream(optimizer, steps, seed):
         for param, grad in zip(members(optimizer), grads, strict=True):
             param.grad.copy_(grad)
         optimizer.step()
     return optimizer
+
+
+@scenario
+def gradients_keep_their_memory(entry, way):
+    return step_in_place(start(entry, way), 3)
 
 
 @scenario
@@ -482,15 +486,6 @@ def copied_and_pickled(entry, way):
     go(thawed, seed=3)
     assert same([param.detach() for param in members(copied)], kept)
     return thawed
-
-
-def step_in_place(optimizer, steps=2, seed=2):
-    """Steps whose gradients lie where the last ones lay."""
-    for grads in stream(optimizer, steps, seed):
-        for param, grad in zip(members(optimizer), grads, strict=True):
-            param.grad.copy_(grad)
-        optimizer.step()
-    return optimizer
 
 
 @scenario

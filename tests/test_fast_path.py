@@ -342,24 +342,29 @@ def test_a_users_function_may_move_parameters():
 
 
 def test_a_rule_made_anew_in_each_step_keeps_nothing_alive():
+    made_rules = []
+
     class Nested(agrlib.SGD):
         def update_rule(self, group):
             def rule(grad, param, lr):
                 return (param - lr * grad,)
 
+            rule.owner = self  # as a closure would keep it
+            made_rules.append(weakref.ref(rule))
             return rule, ()
 
         def scalars(self, group, lr, step):
             return (lr,)
 
-    param = torch.nn.Parameter(torch.ones(3))
-    made = Nested([param], fused=True)
-    for _ in range(3):
-        step(made, [torch.ones(3)])
-    gone = weakref.ref(made.update_rule(made.param_groups[0])[0])
-    made = weakref.ref(made)
-    gc.collect()
-    assert gone() is None and made() is None
+    for fused, size in ((True, 3), (False, optimizer.PART + 1)):
+        param = torch.nn.Parameter(torch.ones(size))
+        made = Nested([param], fused=fused)
+        for _ in range(3):
+            step(made, [torch.ones(size)])
+        made = weakref.ref(made)
+        gc.collect()
+        assert made() is None
+    assert made_rules and not any(rule() for rule in made_rules)
 
 
 @pytest.mark.parametrize("disturb", DISTURBANCES.values(), ids=list(DISTURBANCES))
