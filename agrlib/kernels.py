@@ -7,6 +7,7 @@ parameters that a kernel can take: numba makes it for the CPU, Triton for the GP
 
 import ast
 import builtins
+import collections
 import contextlib
 import copy
 import ctypes
@@ -396,7 +397,7 @@ def cpu_source(program: Program) -> str:
         parts.append(text)
     parts += functions(program, "@njit(**EXACT)", exact_division=False)
     parts += [cpu_sum(program, j) for j, stage in enumerate(program.stages) if stage.over]
-    parts += [CPU_AHEAD.strip("\n"), cpu_fetch(program)]
+    parts += [CPU_AHEAD.strip("\n")]
     parts += [cpu_reduce(program, j) for j in program.whole]
     parts += [cpu_row(program), cpu_update(program), cpu_work(program), CPU_RUN.strip("\n")]
     return "\n\n\n".join(parts) + "\n"
@@ -430,33 +431,28 @@ def cpu_sum(program: Program, j: int) -> str:
 
 
 CPU_AHEAD = """
-BLOCK, AHEAD, LITTLE = 256, 2048, 4096  # entries
+BLOCK, AHEAD = 256, 2048  # entries, of a sum
+STRIDE, SOON = 64, 512  # of an update
 
 
-@intrinsic
-def prefetch(typing, address):
-    def build(context, builder, signature, arguments):
-        byte, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), (byte, integer, integer, integer))
-        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
-        hints = integer(0), integer(3), integer(1)  # to be read, and soon; data
-        builder.call(function, (builder.inttoptr(arguments[0], byte), *hints))
-        return context.get_dummy_value()
+def asking(locality):
+    @intrinsic
+    def prefetch(typing, address):
+        def build(context, builder, signature, arguments):
+            byte, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), (byte, integer, integer, integer))
+            function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+            hints = integer(0), integer(locality), integer(1)  # to be read; data
+            builder.call(function, (builder.inttoptr(arguments[0], byte), *hints))
+            return context.get_dummy_value()
 
-    return types.void(types.int64), build
+        return types.void(types.int64), build
+
+    return prefetch
+
+
+prefetch, prefetch_once = asking(3), asking(0)  # to be kept by all caches; by none for long
 """
-
-
-def cpu_fetch(program: Program) -> str:
-    """Return the function that asks for an item, if it is little."""
-    lines = ["t, first, size = items[k, 0], items[k, 1], items[k, 2] * items[k, 3]"]
-    lines += ["if size > LITTLE:", "    return"]
-    for role, dtype in enumerate(program.dtypes):
-        lines += [
-            f"for line in range(0, {dtype.itemsize} * size, 64):",
-            f"    prefetch(table[{role}, t] + {dtype.itemsize} * first + line)",
-        ]
-    return f"@njit(**INNER)\ndef fetch(k, items, table):\n{indent(lines, 1)}"
 
 
 def row_totals(program: Program, upto: int, call: str) -> list[str]:
@@ -544,17 +540,27 @@ def cpu_update(program: Program) -> str:
     stages, roles = len(program.stages), range(len(program.dtypes))
     arguments = ["table", "t", "first", "rows", "cols", "scale", "seed"]
     arguments += [*context(program, stages, rows=False), "numbers"]
-    addresses = [f"table[{r}, t] + {program.dtypes[r].itemsize} * begin" for r in roles]
-    call = [*addresses, "cols", "scale", "seed", "begin", *context(program, stages), "numbers"]
-    gradient = f"table[1, t] + {program.dtypes[1].itemsize} * begin"
+    tables = [f"table_{r} = table[{r}, t]" for r in roles]
+    addresses = [f"table_{r} + {program.dtypes[r].itemsize} * begin" for r in roles]
+    call = [*addresses, "n", "scale", "seed", "begin", *context(program, stages), "numbers"]
     body = [
-        "begin = first + r * cols",
-        *row_totals(program, stages, f"sum_{{j}}({gradient}, cols, scale, {{context}})"),
-        f"update_row({', '.join(call)})",
+        "begin, left = first + r * cols, cols",
+        *row_totals(program, stages, f"sum_{{j}}({addresses[1]}, cols, scale, {{context}})"),
+        "while left > 0:",
+        "    n = left",
     ]
+    if all(stage.over != "row" for stage in program.stages):
+        body += ["    if left >= STRIDE:", "        n = STRIDE"]
+        for address, dtype in zip(addresses, program.dtypes, strict=True):
+            body += [
+                f"        for line in range(0, {dtype.itemsize} * STRIDE, 64):",
+                f"            prefetch_once({address} + {dtype.itemsize} * SOON + line)",
+            ]
+    body += [f"    update_row({', '.join(call)})", "    begin, left = begin + n, left - n"]
+    lines = [*tables, "for r in range(rows):"]
     return (
         f"@njit(**INNER)\ndef update({', '.join(arguments)}):\n"
-        f"    for r in range(rows):\n{indent(body, 2)}"
+        f"{indent(lines, 1)}\n{indent(body, 2)}"
     )
 
 
@@ -598,8 +604,6 @@ def run(waves, bounds, order, items, table, flags, classes, numbers, totals, cou
         phase = waves[w]
         for worker in prange(bounds.shape[1] - 1):
             for k in range(bounds[w, worker], bounds[w, worker + 1]):
-                if phase >= SUMS and k + 1 < bounds[w, worker + 1]:
-                    fetch(order[k + 1], items, table)
                 work(phase, order[k], items, table, flags, classes, numbers, totals, counts,
                      constants, scale, seeds, partial)
         if phase < SUMS:  # in the order of the items, whoever has summed them
@@ -1027,7 +1031,7 @@ PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewher
 
 CHUNK = 16384  # entries of an item on the CPU; four times as many in large batches
 SMALL = 131072  # a tensor up to this size is summed and updated by one core, from its cache
-TOGETHER = 2**20  # per core, entries of larger tensors that are summed, and then updated
+TOGETHER = 2**21  # per core, entries of larger tensors that are summed, and then updated
 ROLES = ("parameter", "gradient")
 
 
@@ -1274,8 +1278,7 @@ class ExchangeAPI(ctypes.Structure):
 
 @functools.cache
 def description() -> tuple[int, int] | None:
-    """Return the addresses of torch's function that describes a tensor, and of the one that
-    clears its error; None where torch hands out none."""
+    """Return where torch's description of a tensor lies, and what clears its error; or None."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None or not can_import("numba"):
         return None
@@ -1886,11 +1889,15 @@ class Plan:
                 refuse(group, str(error))
                 recipes.append(None)
         fast, large = [], 0
+        often = collections.Counter(map(id, self.params))
         for i, (param, grad, g) in enumerate(zip(self.params, grads, self.groups, strict=True)):
             recipe = recipes[g]
             if grad is None or recipe is None or groups[g]["fused"] is False:
                 continue
-            if reason := self.reason(groups[g], param, grad, recipe):
+            reason = self.reason(groups[g], param, grad, recipe)
+            if often[id(param)] > 1:
+                reason = "a parameter was given twice, and all are updated at once"
+            if reason:
                 refuse(groups[g], reason)
                 continue
             fast.append(i)

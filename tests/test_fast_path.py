@@ -150,6 +150,19 @@ def test_none_leaves_to_eager_steps_what_no_kernel_takes():
     assert max(measured["params"], measured["state"]) <= 2e-6
 
 
+def test_a_parameter_given_twice_goes_the_eager_way():
+    """Which updates it twice, one after the other; a kernel would do both at once."""
+
+    def make(fused):
+        [param] = Way(False).parameters(torch.float32, [MANY])
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            return ADAMW.cls([param, param], fused=fused, **gentle(ADAMW))
+
+    assert compare(go(make(None)), go(make(False)))["exact"]
+    with pytest.raises(RuntimeError, match="given twice"):
+        go(make(True), 1)
+
+
 def double(grad):
     return grad.mul_(2)
 
