@@ -21,7 +21,7 @@ import sys
 import tempfile
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_, itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -649,6 +649,16 @@ def ask(typing, function, tensor, answer):
 
 
 @intrinsic
+def find(typing, function, state, key):
+    def build(context, builder, signature, arguments):
+        word = ir.IntType(64)
+        kind = ir.FunctionType(word, (word, word)).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
+
+    return types.int64(types.int64, types.int64, types.int64), build
+
+
+@intrinsic
 def tell(typing, function):
     def build(context, builder, signature, arguments):
         kind = ir.FunctionType(ir.VoidType(), ()).as_pointer()
@@ -659,18 +669,19 @@ def tell(typing, function):
 
 
 @njit(cache=True)
-def look(describe, forget, params, objects, known, places, device, dtypes, steps, forms, old,
-         addresses, answer):
+def look(describe, lookup, forget, params, grads, states, keys, values, device, dtypes, steps,
+         forms, old, addresses, answer):
     moved = 0
-    objects = carray(pointer(objects, np.int64(0)), (len(known),))
-    for k in range(len(forms), len(known)):
-        if objects[k] != known[k]:
-            return -1
+    grads = carray(pointer(grads, np.int64(0)), (len(params),))
     for role in range(len(addresses)):
         for t in range(len(forms)):
-            tensor = params[t] if role == 0 else objects[places[role, t]]
-            if ask(describe, tensor, answer.ctypes.data) != 0:
-                tell(forget)  # a Python error
+            tensor = params[t] if role == 0 else grads[t]
+            if role >= 2:
+                tensor = find(lookup, states[t], keys[role - 2])
+            if role >= 2 and tensor != values[role - 2, t] or (
+                ask(describe, tensor, answer.ctypes.data) != 0
+            ):
+                tell(forget)  # a Python error, if there is one
                 return -1
             axes = answer[2] & 0xFFFFFFFF
             if answer[0] == 0 or answer[1] != device or answer[2] >> 32 != dtypes[role]:
@@ -1277,8 +1288,8 @@ class ExchangeAPI(ctypes.Structure):
 
 
 @functools.cache
-def description() -> tuple[int, int] | None:
-    """Return where torch's description of a tensor lies, and what clears its error; or None."""
+def description() -> tuple[int, ...] | None:
+    """Return where three functions lie: torch's that describes a tensor, and two of Python's."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None or not can_import("numba"):
         return None
@@ -1287,9 +1298,8 @@ def description() -> tuple[int, int] | None:
     api = ExchangeAPI.from_address(place)
     if api.major != 1 or not api.describe:
         return None
-    forget = ctypes.cast(ctypes.pythonapi.PyErr_Clear, ctypes.c_void_p).value
-    assert forget is not None
-    return api.describe, forget
+    others = ctypes.pythonapi.PyDict_GetItemWithError, ctypes.pythonapi.PyErr_Clear
+    return api.describe, *(ctypes.cast(other, ctypes.c_void_p).value or 0 for other in others)
 
 
 class Glance:
@@ -1314,22 +1324,20 @@ class Glance:
         assert found is not None
         self.functions, self.batch, self.states = found, batch, states
         self.run = load(CPU_STEPS, "steps").look
-        self.get = itemgetter(*batch.keys) if batch.keys else lambda state: ()
-        self.values = list(self.values_of(states))
-        size, keys = len(batch.params), len(batch.keys)
         self.single = [i for i, shape in enumerate(batch.shapes) if shape.numel() == 1]
-        self.params = np.array([*map(id, batch.params)], np.int64)  # in CPython, the address
-        gradients = [0] * size  # may be other objects in each step
-        self.known = np.array([*gradients, *map(id, self.values)], np.int64)
-        states_at = size + np.arange(size * keys).reshape(size, keys).T
-        self.places = np.vstack([np.zeros(size, np.int64), np.arange(size), states_at])
+        self.values = [[state[key] for state in states] for key in batch.keys]
+        objects = batch.params, states, batch.keys, *self.values
+        self.params, self.dicts, self.keys, *known = (  # in CPython, an id is an address
+            np.array([*map(id, those)], np.int64) for those in objects
+        )
+        self.known = np.array(known, np.int64).reshape(len(batch.keys), len(states))
         kind, number = batch.params[0].__dlpack_device__()
         self.device = int(kind) | number << 32
         dtypes = [*batch.program.dtypes, *[torch.float32] * batch.counts_steps]
         self.dtypes = np.array([self.DTYPES[dtype] for dtype in dtypes], np.int64)
         self.steps = len(dtypes) - 1 if batch.counts_steps else -1
         axes = max(map(len, batch.shapes))
-        self.forms = np.zeros((size, 1 + 2 * axes), np.int64)
+        self.forms = np.zeros((len(states), 1 + 2 * axes), np.int64)
         for form, shape, strides in zip(self.forms, batch.shapes, batch.strides, strict=True):
             form[0] = len(shape)
             form[1 : 1 + 2 * len(shape)] = np.stack((shape, strides), axis=1).ravel()
@@ -1341,28 +1349,18 @@ class Glance:
         few = len(batch.params) < MANY or batch.sharded or any(0 in s for s in batch.shapes)
         return None if few or description() is None else cls(batch, states)
 
-    def values_of(self, states: list[dict[str, Tensor]]) -> Iterator[Tensor]:
-        """Return the tensors of all states."""
-        values = map(self.get, states)
-        return values if len(self.batch.keys) == 1 else itertools.chain.from_iterable(values)
-
     def look(self, states: list[dict[str, Tensor]], grads: list[Tensor]) -> np.ndarray | None:
         """Return the addresses of all tensors, the same array if none moved; None if in doubt."""
         if states is not self.states or not set(map(type, grads)) <= PLAIN:
             return None
         if any(grads[i].is_neg() for i in self.single):
             return None
-        everything = itertools.chain(grads, self.values_of(states))
-        try:
-            objects = np.fromiter(everything, object, len(self.known))
-        except KeyError:  # a state has lost an entry
-            return None
-        addresses, old = np.empty_like(self.places), self.batch.addresses
-        place, known = objects.__array_interface__["data"][0], self.known
-        forms = self.places, self.device, self.dtypes, self.steps, self.forms
-        found = self.run(
-            *self.functions, self.params, place, known, *forms, old, addresses, self.answer
-        )
+        objects = np.fromiter(grads, object, len(grads))
+        gradients, old = objects.__array_interface__["data"][0], self.batch.addresses
+        known = self.params, gradients, self.dicts, self.keys, self.known
+        forms = self.device, self.dtypes, self.steps, self.forms
+        addresses = np.empty_like(old)
+        found = self.run(*self.functions, *known, *forms, old, addresses, self.answer)
         return None if found < 0 else addresses if found else old
 
 
@@ -1436,7 +1434,8 @@ class Batch:
     def find_states(self) -> list[dict[str, Tensor]]:
         """Return each parameter's state; looked up again only if the optimizer's has changed."""
         every = [*self.optimizer.state, *self.optimizer.state.values()]
-        if len(every) != len(self.every) or not all(map(is_, every, self.every)):
+        same = len(every) == len(self.every) and all(map(is_, every, self.every))
+        if not (same and self.states):
             self.states = [self.optimizer.state.get(p, {}) for p in self.params]
             self.every = every
         return self.states

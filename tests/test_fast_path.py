@@ -289,6 +289,9 @@ DISTURBANCES = {
     "a parameter elsewhere": lambda o, p: swap(p),
     "a parameter of another shape": lambda o, p: setattr(p, "data", torch.ones(6, 4)),
     "another state": lambda o, p: first_state(o).update(exp_avg=torch.ones(4, 6)),
+    "a state of another class": lambda o, p: first_state(o).update(
+        exp_avg=torch.ones(4, 6).as_subclass(Stranger)
+    ),
     "a state elsewhere": lambda o, p: swap(first_state(o)["exp_avg_sq"]),
     "a shared state": lambda o, p: first_state(o)["exp_avg"].share_memory_(),
     "a state of another type": lambda o, p: swap(first_state(o)["exp_avg"], dtype=torch.float64),
