@@ -24,7 +24,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -467,6 +467,19 @@ def give_back_memory() -> None:
             trim(0)
 
 
+def in_new_process(code: str, *arguments: str, **variables: str) -> str:
+    """Run Python code with these arguments and environment; return the last line it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
+    return done.stdout.splitlines()[-1]
+
+
 def time_first_step(method: str, device: str = "cpu") -> float:
     """Return the seconds of the first step of a method's fast path, compilation included."""
     params = [torch.nn.Parameter(torch.ones(s, device=device)) for s in shapes("resnet18")]
@@ -495,20 +508,12 @@ def first_steps(method: str, device: str = "cpu", threads: int = 1) -> dict[str,
     """
     code = "import sys, torch; from agrlib import bench; torch.set_num_threads(int(sys.argv[3])); "
     code += "print(bench.time_first_step(sys.argv[1], sys.argv[2]))"
-    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         caches = dict(XDG_CACHE_HOME=folder, TRITON_CACHE_DIR=str(Path(folder, "triton")))
-        for name in ("cold", "cached"):
-            done = subprocess.run(
-                [sys.executable, "-c", code, method, device, str(threads)],
-                env={**os.environ, **caches},
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode != 0:
-                raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
-            seconds[name] = float(done.stdout.split()[-1])
-    return seconds
+        arguments = method, device, str(threads)
+        return {
+            name: float(in_new_process(code, *arguments, **caches)) for name in ("cold", "cached")
+        }
 
 
 @dataclass(frozen=True)
@@ -552,6 +557,7 @@ def measure_set(name: str, settings: Settings) -> dict[str, Any]:
 
     Source: chapter "The roofline".
     """
+    torch.set_num_threads(settings.threads)
     tensors = Tensors(settings.shapes(name), settings.device)
     entrants = contenders(settings.methods)
     steps, unavailable = start(entrants, tensors)
@@ -581,6 +587,19 @@ def measure_set(name: str, settings: Settings) -> dict[str, Any]:
     )
 
 
+def measure_apart(name: str, settings: Settings) -> dict[str, Any]:
+    """Measure a set in a new process, which knows nothing of what was measured before.
+
+    Raises:
+        RuntimeError: the process failed; the text is the last line that it wrote.
+
+    Source: chapter "The roofline".
+    """
+    code = "import json, sys; from agrlib.bench import Settings, measure_set; "
+    code += "print(json.dumps(measure_set(sys.argv[1], Settings(**json.loads(sys.argv[2])))))"
+    return json.loads(in_new_process(code, name, json.dumps(asdict(settings))))
+
+
 def add_run(part: dict[str, Any], other: dict[str, Any]) -> None:
     """Append the timings of another run of the same set."""
     for kind in ("yardsticks", "contenders"):
@@ -600,15 +619,13 @@ def run(settings: Settings, report: Callable[[str], Any] = print) -> dict[str, A
 
     Source: chapter "The roofline".
     """
-    torch.set_num_threads(settings.threads)
     results = describe(settings)
     if (results["load"] or 0) > 0.5:
         report(f"other programs are running (load {results['load']}): the numbers will be wrong")
     for number in range(1, settings.runs + 1):
         for name in settings.sets:
             report(f"run {number} of {settings.runs}: {name}")
-            part = measure_set(name, settings)
-            give_back_memory()
+            part = measure_apart(name, settings)
             if number == 1:
                 results["sets"][name] = part
             else:
@@ -953,7 +970,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--optimizers", nargs="+", choices=list(METHODS), default=list(METHODS), dest="methods"
     )
     parser.add_argument("--rounds", type=positive, default=9, help="timings in a run (9)")
-    parser.add_argument("--runs", type=positive, default=1, help="each with new tensors (1)")
+    parser.add_argument("--runs", type=positive, default=1, help="each in new processes (1)")
     parser.add_argument("--device", choices=list(REFERENCE), default="cpu")
     parser.add_argument("--threads", type=positive, default=cores(), help="of the CPU (all cores)")
     parser.add_argument("--out", type=Path, help="write the timings to this JSON file")

@@ -1326,7 +1326,7 @@ class Glance:
         self.run = load(CPU_STEPS, "steps").look
         self.single = [i for i, shape in enumerate(batch.shapes) if shape.numel() == 1]
         self.values = [[state[key] for state in states] for key in batch.keys]
-        objects = batch.params, states, batch.keys, *self.values
+        objects: list[Sequence[Any]] = [batch.params, states, batch.keys, *self.values]
         self.params, self.dicts, self.keys, *known = (  # in CPython, an id is an address
             np.array([*map(id, those)], np.int64) for those in objects
         )
