@@ -1361,6 +1361,11 @@ class Glance:
         forms = self.device, self.dtypes, self.steps, self.forms
         addresses = np.empty_like(old)
         found = self.run(*self.functions, *known, *forms, old, addresses, self.answer)
+        if found > 0:
+            rows = self.batch.params, grads, *self.values
+            moved = np.argwhere(addresses[:, self.single] != old[:, self.single]).tolist()
+            if any(rows[role][self.single[k]].is_neg() for role, k in moved):
+                return None
         return None if found < 0 else addresses if found else old
 
 
@@ -1448,6 +1453,7 @@ class Batch:
             return self.inspect(states, grads)
         if found is not self.addresses:
             self.place(found)
+        self.tensors[1] = grads  # a user's function may have made them; the kernel is still to run
         return True
 
     def inspect(self, states: list[dict[str, Tensor]], grads: list[Tensor]) -> bool:
@@ -1807,7 +1813,7 @@ def signature_of(optimizer: GradientMethod) -> list[tuple[Any, ...]]:
     for group in optimizer.param_groups:
         rule, keys = optimizer.update_rule(group)
         kinds = group["fused"], group["state_dtype"], group["stochastic_rounding"]
-        found.append((group["transforms"], rule, keys, *kinds))
+        found.append((group["transforms"], rule, keys, *kinds, len(group["params"])))
     return found
 
 
@@ -1979,8 +1985,9 @@ class Plan:
             return
         home = param.device if takes_triton(param.device) else torch.device("cpu")
         step = state.get("step")
-        if step is None or step.device != home:
-            made = torch.zeros((), device=home) if step is None else step.to(home)
+        if step is None or (step.dtype, step.device) != (torch.float32, home):
+            old = torch.zeros(()) if step is None else step
+            made = old.to(home, torch.float32)
             self.pending.append((param, "step", made))
 
     def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:

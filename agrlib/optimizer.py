@@ -833,7 +833,8 @@ class GradientMethod(RecordedOptimizer):
         count = None
         if self.counts_steps or group["stochastic_rounding"]:
             home = param.device if group["capturable"] else torch.device("cpu")
-            count = state.get("step", torch.zeros((), device=home)) + 1
+            first = torch.zeros((), dtype=torch.float32, device=home)  # whatever the default
+            count = state.get("step", first) + 1
         if count is None or not self.counts_steps:  # torch's SGD: the first step has no buffer
             return count, 1 if any(state.get(key) is None for key in keys) else 2
         return count, count.double() if group["capturable"] else count.item()

@@ -150,6 +150,38 @@ def test_none_leaves_to_eager_steps_what_no_kernel_takes():
     assert max(measured["params"], measured["state"]) <= 2e-6
 
 
+def test_a_parameter_may_change_its_group():
+    results = []
+    for fused in (None, False):
+        params = [torch.nn.Parameter(torch.zeros(MANY)) for _ in range(3)]
+        groups = [dict(params=params[:1], lr=1.0), dict(params=params[1:], lr=10.0)]
+        made = agrlib.SGD(groups, fused=fused)
+        for _ in range(2):
+            feed(params, [torch.ones(MANY)] * 3)
+            made.step()
+            groups = made.param_groups
+            groups[0]["params"].append(groups[1]["params"].pop(0))
+        results.append([p.unique().tolist() for p in params])
+    assert results[0] == results[1] == [[-2.0], [-11.0], [-20.0]]
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_steps_are_counted_in_float32_whatever_the_default_is(default):
+    made = []
+    try:
+        torch.set_default_dtype(default)
+        for fused in (None, False):
+            params = Way(False).parameters(torch.float32, [MANY])
+            made.append(go(ADAMW.cls(params, fused=fused, **gentle(ADAMW)), 3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for optimizer_ in made:
+        [state] = optimizer_.state.values()
+        assert state["step"].dtype == torch.float32
+        assert state["step"].item() == 3
+    assert compare(*made)["params"] <= 2e-6
+
+
 def test_a_parameter_given_twice_goes_the_eager_way():
     """Which updates it twice, one after the other; a kernel would do both at once."""
 
@@ -304,6 +336,12 @@ DISTURBANCES = {
     "another dictionary": lambda o, p: o.state.update({p: dict(o.state[p])}),
     "a step elsewhere": lambda o, p: swap(first_state(o)["step"]),
     "a step of another type": lambda o, p: swap(first_state(o)["step"], dtype=torch.float64),
+    "a negative number": lambda o, p: setattr(
+        members(o)[1], "data", torch.tensor([1 + 2j]).conj().imag
+    ),
+    "a state with a negative number": lambda o, p: setattr(
+        o.state[members(o)[1]]["exp_avg"], "data", torch.tensor([1 + 2j]).conj().imag
+    ),
     "a step of another shape": lambda o, p: setattr(first_state(o)["step"], "data", torch.ones(2)),
     "keys exchanged": lambda o, p: first_state(o).update(
         exp_avg=first_state(o)["exp_avg_sq"], exp_avg_sq=first_state(o)["exp_avg"]
@@ -337,6 +375,24 @@ def test_gradients_whose_numbers_do_not_lie_in_memory(grad):
     with pytest.raises(RuntimeError, match="do not lie in memory as they are"):
         agrlib.SGD([param], fused=True).step()
     assert param.item() == 1
+
+
+def test_what_a_users_function_returns_lives_until_the_kernel_has_run():
+    """Turned back to the parameter's layout, it is a copy that nobody else holds."""
+
+    def turn(grad):
+        return grad.t().contiguous().t()
+
+    results = []
+    for fused in (None, False):
+        types = [torch.float32, torch.float64]
+        params = [torch.nn.Parameter(torch.ones(64, 65, dtype=d)) for d in types for _ in range(40)]
+        made = agrlib.SGD(params, lr=0.5, transforms=[turn], fused=fused)
+        for _ in range(4):
+            feed(params, [torch.full_like(p, i) for i, p in enumerate(params)])
+            made.step()
+        results.append([(p.min().item(), p.max().item()) for p in params])
+    assert results[0] == results[1] == [(1.0 - 2 * i,) * 2 for i in range(80)]
 
 
 def test_a_users_function_may_move_parameters():
@@ -390,8 +446,8 @@ def test_a_glance_sees_what_an_inspection_sees(disturb, monkeypatch):
     seen, steps = [], []
     for many in (1, 10**9):
         monkeypatch.setattr(kernels, "MANY", many)
-        made = go(Way(True).optimizer(ADAMW, Way(True).parameters(torch.float32, [(4, 6), (5,)])))
-        params = members(made)
+        params = Way(True).parameters(torch.float32, [(4, 6), (1,)])
+        made = go(Way(True).optimizer(ADAMW, params))
         feed(params, [torch.ones_like(p) for p in params])
         made.step()
         [batch] = made.__dict__["_plan"].batches
