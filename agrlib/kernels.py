@@ -638,24 +638,20 @@ def advance(addresses, values, more):
     return alike
 
 
-@intrinsic
-def ask(typing, function, tensor, answer):
-    def build(context, builder, signature, arguments):
-        word, integer = ir.IntType(64), ir.IntType(32)
-        kind = ir.FunctionType(integer, (word, word)).as_pointer()
-        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
+def calling(result):  # C functions of two words, by their addresses
+    @intrinsic
+    def call(typing, function, one, two):
+        def build(context, builder, signature, arguments):
+            word = ir.IntType(64)
+            kind = ir.FunctionType(ir.IntType(result.bitwidth), (word, word)).as_pointer()
+            return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
 
-    return types.int32(types.int64, types.int64, types.int64), build
+        return result(types.int64, types.int64, types.int64), build
+
+    return call
 
 
-@intrinsic
-def find(typing, function, state, key):
-    def build(context, builder, signature, arguments):
-        word = ir.IntType(64)
-        kind = ir.FunctionType(word, (word, word)).as_pointer()
-        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
-
-    return types.int64(types.int64, types.int64, types.int64), build
+ask, find = calling(types.int32), calling(types.int64)
 
 
 @intrinsic
