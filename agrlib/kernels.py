@@ -1284,6 +1284,9 @@ class Crew:
                 crew.size += 1
         except RuntimeError:  # the system gives no more threads, or the interpreter is ending
             count = min(count, crew.size)
+        with contextlib.suppress(queue.Empty):
+            while True:  # what nobody has taken up by now, its caller has done
+                crew.jobs.get_nowait()
         for _ in range(count):
             crew.jobs.put(job)
 
