@@ -185,7 +185,8 @@ def test_a_checkpoint_without_a_record_loads_with_one_warning(entry):
     """In a framework that does the loading, nobody can write a record into the checkpoint."""
 
     def three(params, **middle):
-        return [dict(params=params[:2]), dict(params=params[2:4], **middle), dict(params=params[4:])]
+        parts = params[:2], params[2:4], params[4:]
+        return [dict(params=part, **(middle if i == 1 else {})) for i, part in enumerate(parts)]
 
     params = parameters()
     theirs = entry.twin(three(params), **entry.kwargs)
