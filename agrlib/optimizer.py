@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
@@ -438,7 +439,8 @@ def refuse_mismatch(i: int, group: Group, saved: Group, state: dict[int, Any]) -
     missing = [key for key in numbers if key not in saved and key != "transforms"]
     if missing:
         raise ValueError(f"the checkpoint is of another method: it has no {', '.join(missing)}")
-    chain, record = str(Chain.of(group["transforms"])), saved.get("transforms", "")
+    chain = str(Chain.of(group["transforms"]))
+    record = saved.get("transforms", chain)  # torch.optim keeps none
     if chain != record:
         raise ValueError(
             f"the checkpoint was made with transforms [{record}], this optimizer has [{chain}] in "
@@ -452,6 +454,21 @@ def refuse_mismatch(i: int, group: Group, saved: Group, state: dict[int, Any]) -
                     f"the checkpoint's {key} has shape {tuple(value.shape)}, its parameter "
                     f"{tuple(param.shape)}: load it into the model it was saved with"
                 )
+
+
+def warn_of_no_record(groups: list[Group], loaded: list[Group]) -> None:
+    """Warn, once, that the run which made a checkpoint may not have had these transforms."""
+    chains = [
+        str(Chain.of(group["transforms"]))
+        for group, saved in zip(groups, loaded, strict=True)
+        if group["transforms"] and "transforms" not in saved
+    ]
+    if chains:
+        warnings.warn(
+            "the checkpoint has no record of transforms, as torch.optim saves it: "
+            f"this optimizer goes on from it with [{chains[0]}]",
+            stacklevel=3,
+        )
 
 
 class RecordedOptimizer(Optimizer):
@@ -475,8 +492,8 @@ class RecordedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class, or of its namesake in torch.optim.
 
-        AMSGrad takes those of torch's Adam with ``amsgrad=True``. A checkpoint of torch.optim
-        counts as made without transforms.
+        AMSGrad takes those of torch's Adam with ``amsgrad=True``. A checkpoint of torch.optim has
+        no record of transforms: an optimizer that has transforms loads it with one warning.
 
         Args:
             state_dict: what `state_dict()` returned; the optimizer copies its tensors.
@@ -513,6 +530,7 @@ class RecordedOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        warn_of_no_record(self.param_groups, loaded["param_groups"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = self.__dict__.get("param_groups", state["param_groups"])
@@ -553,7 +571,9 @@ class GradientMethod(RecordedOptimizer):
         maximize: ascend instead of descend.
         foreach: accepted for compatibility with torch.optim; None or False.
         fused: None takes the compiled fast path where it pays, from 65,536 parameters on, and True
-            always, or raises the reason why it cannot; False runs the rule on tensors.
+            always, or raises the reason why it cannot; False runs the rule on tensors. Under
+            `torch.amp.GradScaler`, True also does the unscaling, or the skipping, within the step,
+            as torch's fused optimizers do: `p.grad` stays scaled.
         capturable: keep `step` on the parameter's device, so that a step never waits for it.
         differentiable: let autograd record the step.
         state_dtype: floating-point type of the state; None takes the parameter's.
@@ -586,7 +606,6 @@ class GradientMethod(RecordedOptimizer):
     counts_steps = True
     number_of_betas = 2
     weight_decay_acts_on = "gradient"
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves the unscaling to the step
 
     def __init__(
         self,
@@ -615,6 +634,11 @@ class GradientMethod(RecordedOptimizer):
         if self.weight_decay_acts_on not in ("gradient", "parameter", "rule"):
             raise ValueError(f"Invalid weight_decay_acts_on: {self.weight_decay_acts_on!r}")
         super().__init__(params, {**defaults, **shared})
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves the unscaling, and an overflow, to the step."""
+        return any(group["fused"] for group in self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; its options are checked as the constructor's are."""

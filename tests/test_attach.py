@@ -269,9 +269,11 @@ def test_gradient_scaler(chain):
     assert same(members(optimizer), parameters(torch.float32, shapes))
 
 
-def test_gradient_scaler_skips_our_own_classes_on_overflow():
+@pytest.mark.parametrize("fused", [None, True])
+def test_gradient_scaler_skips_our_own_classes_on_overflow(fused):
     for scale, moves in ((1024.0, True), (float("inf"), False)):
-        optimizer = agrlib.AdamW(parameters(torch.float32, [(3,)]), transforms=[agrlib.agr])
+        params = parameters(torch.float32, [(3,)])
+        optimizer = agrlib.AdamW(params, transforms=[agrlib.agr], fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         scaler.scale(members(optimizer)[0].sum()).backward()
         members(optimizer)[0].grad.mul_(scale)

@@ -102,14 +102,16 @@ def test_a_checkpoint_of_torch_optim_continues_as_torch(entry, capturable):
     close(train(ours, grads[4:]), train(theirs, grads[4:]), 1e-13)
 
 
+@pytest.mark.parametrize("chain", [[], [agrlib.agr]], ids=repr)
 @twins
-def test_torch_optim_loads_our_checkpoint(entry):
+def test_torch_optim_loads_our_checkpoint_and_knows_no_transforms(entry, chain):
     params = parameters()
-    ours = entry.cls(params, **entry.kwargs)
+    ours = entry.cls(params, transforms=chain, **entry.kwargs)
     grads = gradients(params, 8)
     train(ours, grads[:4])
     theirs = entry.twin(clones(params), lr=0.9)
     theirs.load_state_dict(saved(ours.state_dict()))
+    ours.param_groups[0]["transforms"] = []
     close(train(theirs, grads[4:]), train(ours, grads[4:]), 1e-13)
 
 
@@ -179,10 +181,47 @@ def test_other_transforms_are_refused_and_the_text_says_how_to_load_on_purpose(e
 
 
 @twins
-def test_a_checkpoint_without_a_record_counts_as_no_transforms(entry):
-    theirs = entry.twin(parameters(), **entry.kwargs)
+def test_a_checkpoint_without_a_record_loads_with_one_warning(entry):
+    """In a framework that does the loading, nobody can write a record into the checkpoint."""
+
+    def three(params, **middle):
+        parts = params[:2], params[2:4], params[4:]
+        return [dict(params=part, **(middle if i == 1 else {})) for i, part in enumerate(parts)]
+
+    params = parameters()
+    theirs = entry.twin(three(params), **entry.kwargs)
+    grads = gradients(params, 4)
+    train(theirs, grads[:2])
+    checkpoint = saved(theirs.state_dict())
+    ours = entry.cls(three(clones(params), transforms=[]), lr=0.9, transforms=[agrlib.agr])
+    with pytest.warns(UserWarning) as caught:
+        ours.load_state_dict(checkpoint)
+    [warning] = caught
+    assert "no record of transforms" in str(warning.message)
+    assert str(warning.message).endswith("with [agr]")
+    assert warning.filename == __file__
+    assert [list(g["transforms"]) for g in ours.param_groups] == [[agrlib.agr], [], [agrlib.agr]]
+    shaped = [
+        [grad if 2 <= i < 4 else agrlib.agr(grad) for i, grad in enumerate(step)]
+        for step in grads[2:]
+    ]
+    close(train(ours, grads[2:]), train(theirs, shaped), 1e-13)
+
+
+@pytest.mark.filterwarnings("error")
+@twins
+def test_without_transforms_a_checkpoint_of_torch_loads_in_silence(entry):
+    ours = entry.cls(parameters(), **entry.kwargs)
+    ours.load_state_dict(entry.twin(parameters(), **entry.kwargs).state_dict())
+    with_agr = entry.cls(parameters(), transforms=[agrlib.agr], **entry.kwargs)
+    with_agr.load_state_dict(with_agr.state_dict())
+
+
+@every
+def test_an_empty_record_is_a_record(entry):
+    plain = entry.cls(parameters(), **entry.kwargs)
     ours = entry.cls(parameters(), transforms=[agrlib.agr], **entry.kwargs)
-    refused(ours, theirs.state_dict(), r"made with transforms \[\], this optimizer has \[agr\]")
+    refused(ours, plain.state_dict(), r"made with transforms \[\], this optimizer has \[agr\]")
 
 
 def test_transforms_that_differ_in_their_arguments_are_refused():
