@@ -137,7 +137,7 @@ def source_of(function: types.FunctionType) -> ast.FunctionDef:
             return node
     except Exception:  # what stands there now may be anything
         pass
-    if code.co_filename not in linecache.cache:
+    if len(linecache.cache.get(code.co_filename, ())) < 2:  # an entry has four parts
         raise Unsupported(f"the source of {name} cannot be read")
     raise Changed(
         f"the source of {name} is not that of the function in memory (was its file edited?): "
