@@ -5,6 +5,8 @@ Derived in the chapter "One rule, three compilers". `GradientMethod.step` comes 
 parameters that a kernel can take: numba makes it for the CPU, Triton for the GPU.
 """
 
+import __future__
+
 import ast
 import builtins
 import collections
@@ -16,6 +18,7 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import linecache
 import os
 import queue
 import sys
@@ -23,6 +26,7 @@ import tempfile
 import textwrap
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_, itemgetter
 from pathlib import Path
@@ -32,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakIdKeyDictionary
 
 from agrlib.optimizer import (
     WORTH_COMPILING,
@@ -43,13 +48,26 @@ from agrlib.optimizer import (
     decay_parameter,
     noise_seed,
     part_number,
-    remembered,
     state_dtype,
 )
 
 
 class Unsupported(RuntimeError):
     """Why a kernel cannot be made; the text completes a sentence that begins with "because"."""
+
+
+class Changed(Unsupported):
+    """The source at hand is not that of the function in memory."""
+
+
+CAUSES: set[str] = set()  # of which a warning has told
+
+
+def warn_once(cause: str) -> None:
+    """Warn, the first time that there is this cause."""
+    if cause not in CAUSES:
+        CAUSES.add(cause)
+        warnings.warn(cause, RuntimeWarning, stacklevel=2)
 
 
 PRIMITIVES: dict[str, tuple[Any, ...]] = {
@@ -66,7 +84,150 @@ GRAMMAR = (
 )
 
 
+CODE = attrgetter(
+    *("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars"),
+    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount"),
+)
+VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+
+
+def same_code(one: Any, other: Any) -> bool:
+    """Whether two code objects, or two constants of theirs, compute the same."""
+    if not isinstance(one, types.CodeType) or not isinstance(other, types.CodeType):
+        return type(one) is type(other) and bool(one == other)
+    return (
+        CODE(one) == CODE(other)
+        and one.co_flags & VARIADIC == other.co_flags & VARIADIC
+        and len(one.co_consts) == len(other.co_consts)
+        and all(map(same_code, one.co_consts, other.co_consts))
+    )
+
+
+def strip(node: Any) -> ast.FunctionDef:
+    """Take off what is evaluated where a function is defined."""
+    node.decorator_list, node.returns, node.type_params = [], None, []
+    node.args.defaults, node.args.kw_defaults = [], [None] * len(node.args.kwonlyargs)
+    for part in ast.walk(node.args):
+        if isinstance(part, ast.arg):
+            part.annotation = None
+    return node
+
+
+def compiled(node: ast.FunctionDef, code: types.CodeType) -> types.CodeType:
+    """Compile a definition with the free variables and the future of the code it should give."""
+    module: Any = ast.parse(f"def enclosing({', '.join(code.co_freevars)}): ...")
+    module.body[0].body = [node]
+    future = code.co_flags & __future__.annotations.compiler_flag
+    made = compile(module, code.co_filename, "exec", future, dont_inherit=True)
+    for _ in ("enclosing", node.name):
+        [made] = [part for part in made.co_consts if isinstance(part, types.CodeType)]
+    return made
+
+
+def source_of(function: types.FunctionType) -> ast.FunctionDef:
+    """Return the syntax of a function, if its source is at hand and still gives its code."""
+    name, code = function.__name__, function.__code__
+    if code.co_name == "<lambda>":
+        raise Unsupported(f"{name} is no function written with def")
+    plain = types.FunctionType(code, function.__globals__, None, None, function.__closure__)
+    try:
+        text = inspect.getsource(plain)  # without the marks that decorators leave
+        tree: Any = ast.parse("if 1:\n" * text[0].isspace() + text)
+        [node] = tree.body[0].body if text[0].isspace() else tree.body
+        node = strip(node)
+        if same_code(compiled(node, code), code):
+            return node
+    except Exception:  # what stands there now may be anything
+        pass
+    if len(linecache.cache.get(code.co_filename, ())) < 2:  # an entry has four parts
+        raise Unsupported(f"the source of {name} cannot be read")
+    raise Changed(
+        f"the source of {name} is not that of the function in memory (was its file edited?): "
+        f"{code.co_filename}, line {code.co_firstlineno}"
+    )
+
+
+def check_grammar(name: str, node: ast.FunctionDef) -> None:
+    """Refuse all that is no arithmetic."""
+    for part in itertools.chain.from_iterable(map(ast.walk, node.body)):
+        if isinstance(part, ast.Constant):
+            raise Unsupported(f"{name} holds the literal {part.value!r}: pass it as a scalar")
+        if not isinstance(part, GRAMMAR[0] | GRAMMAR[1] | GRAMMAR[2]):
+            shown = ast.unparse(part) or type(part).__name__
+            raise Unsupported(f"{name} holds more than plain arithmetic: {shown}")
+        if isinstance(part, ast.Call):
+            called = getattr(part.func, "id", None)
+            if part.keywords or called not in PRIMITIVES:
+                raise Unsupported(f"{name} calls {ast.unparse(part.func)}, which has no kernel")
+
+
+def check_names(name: str, node: ast.FunctionDef) -> None:
+    """Refuse a rule that reads variables of its module, or returns before its end."""
+    *body, last = node.body or [ast.Pass()]
+    plain = all(isinstance(line, ast.Assign) and len(line.targets) == 1 for line in body)
+    if not plain or not isinstance(last, ast.Return) or last.value is None:
+        raise Unsupported(f"{name} must be assignments followed by one return")
+    parts = list(ast.walk(ast.Module(node.body, [])))
+    names = [part for part in parts if isinstance(part, ast.Name)]
+    own = {argument.arg for argument in node.args.args}
+    own |= {part.id for part in names if isinstance(part.ctx, ast.Store)}
+    if taken := own & {*PRIMITIVES, "divide"}:
+        raise Unsupported(f"{name} names a variable {taken.pop()}, like a function of the kernel")
+    called = [part.func for part in parts if isinstance(part, ast.Call)]
+    for part in names:
+        if part.id not in own and part not in called:
+            raise Unsupported(f"{name} reads {part.id}, which is none of its arguments")
+
+
+def remembered(look: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keep what is found in a function's code, as long as that code exists."""
+    known = WeakIdKeyDictionary()
+
+    @functools.wraps(look)
+    def recall(function: Any) -> Any:
+        code = function.__code__
+        if code not in known:
+            known[code] = look(function)
+        return known[code]
+
+    return recall
+
+
 @remembered
+def syntax_of(function: types.FunctionType) -> ast.FunctionDef | Unsupported:
+    """Return the syntax of a function, without all that does not compute, or what is wrong."""
+    name = function.__name__
+    try:
+        node = source_of(function)
+        if node.args.vararg or node.args.kwarg or node.args.kwonlyargs:
+            raise Unsupported(f"{name} takes more than plain arguments: give each its place")
+        node.args.args[:0], node.args.posonlyargs = node.args.posonlyargs, []
+        if ast.get_docstring(node) is not None:
+            del node.body[0]
+        check_grammar(name, node)
+        check_names(name, node)
+    except Unsupported as error:
+        return error.with_traceback(None)
+    return node
+
+
+def meaning(function: Any, name: str) -> Any:
+    """Return what a name that a function does not define stands for, now."""
+    free = function.__code__.co_freevars
+    if name not in free:
+        return function.__globals__.get(name, function.__builtins__.get(name))
+    try:
+        return function.__closure__[free.index(name)].cell_contents
+    except ValueError:  # nothing, so far
+        return None
+
+
+def meanings(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """Return all names that a function does not define, and what they stand for, now."""
+    code = function.__code__
+    return [(name, meaning(function, name)) for name in (*code.co_names, *code.co_freevars)]
+
+
 def read(function: Callable[..., Any]) -> ast.FunctionDef:
     """Return the syntax of a function in rule arithmetic, without all that does not compute.
 
@@ -74,7 +235,8 @@ def read(function: Callable[..., Any]) -> ast.FunctionDef:
         function: assignments and one return of ``+ - * /``, comparisons and the primitives.
 
     Raises:
-        Unsupported: the function is written in something else, or its source is not to be had.
+        Unsupported: the function is written in something else, or its source is not to be had or
+            no longer that of the function in memory.
 
     Example:
         >>> from agrlib.sgd import descend
@@ -85,49 +247,17 @@ def read(function: Callable[..., Any]) -> ast.FunctionDef:
     Source: chapter "One rule, three compilers".
     """
     name = getattr(function, "__name__", repr(function))
-    if hasattr(function, "__wrapped__"):
-        raise Unsupported(f"{name} is wrapped by a decorator")
-    try:
-        [node] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, TypeError, SyntaxError, ValueError) as error:
-        raise Unsupported(f"the source of {name} cannot be read") from error
-    if not isinstance(node, ast.FunctionDef):
+    if not isinstance(function, types.FunctionType):
         raise Unsupported(f"{name} is no function written with def")
-    node = copy.deepcopy(node)
-    node.decorator_list, node.returns = [], None
-    for argument in node.args.args:
-        argument.annotation = None
-    if ast.get_docstring(node) is not None:
-        del node.body[0]
-    for part in itertools.chain.from_iterable(map(ast.walk, node.body)):
-        if isinstance(part, ast.Constant):
-            raise Unsupported(f"{name} holds the literal {part.value!r}: pass it as a scalar")
-        if not isinstance(part, GRAMMAR[0] | GRAMMAR[1] | GRAMMAR[2]):
-            shown = ast.unparse(part) or type(part).__name__
-            raise Unsupported(f"{name} holds more than plain arithmetic: {shown}")
-        if isinstance(part, ast.Call):
-            called = getattr(part.func, "id", "")
-            meant = function.__globals__.get(called, getattr(builtins, called, None))
-            if part.keywords or meant not in PRIMITIVES.get(called, ()):
-                raise Unsupported(f"{name} calls {ast.unparse(part.func)}, which has no kernel")
-    check_names(name, node)
-    return node
-
-
-def check_names(name: str, node: ast.FunctionDef) -> None:
-    """Refuse a rule that reads variables of its module, or returns before its end."""
-    *body, last = node.body or [ast.Pass()]
-    plain = all(isinstance(line, ast.Assign) and len(line.targets) == 1 for line in body)
-    if not plain or not isinstance(last, ast.Return) or last.value is None:
-        raise Unsupported(f"{name} must be assignments followed by one return")
-    names = [part for part in ast.walk(ast.Module(node.body, [])) if isinstance(part, ast.Name)]
-    own = {argument.arg for argument in node.args.args}
-    own |= {part.id for part in names if isinstance(part.ctx, ast.Store)}
-    if taken := own & {*PRIMITIVES, "divide"}:
-        raise Unsupported(f"{name} names a variable {taken.pop()}, like a function of the kernel")
-    for part in names:
-        if part.id not in own | set(PRIMITIVES):
-            raise Unsupported(f"{name} reads {part.id}, which is none of its arguments")
+    found = syntax_of(function)
+    if isinstance(found, Unsupported):
+        raise type(found)(*found.args)
+    if function.__defaults__ or function.__kwdefaults__:
+        raise Unsupported(f"{name} has default values: pass them as constants")
+    for called, known in meanings(function):
+        if not any(known is primitive for primitive in PRIMITIVES.get(called, ())):
+            raise Unsupported(f"{name} calls {called}, which has no kernel")
+    return found
 
 
 class Stage(NamedTuple):
@@ -187,16 +317,25 @@ class Division(ast.NodeTransformer):
         return ast.Call(ast.Name("divide", ast.Load()), [node.left, node.right], [])
 
 
-def functions(program: Program, decorator: str, exact_division: bool) -> list[str]:
-    """Return the texts of the rule and of all functions of the chain."""
-    named = {"rule": program.rule}
-    if program.decay != "rule":
-        named["decay"] = decay_gradient if program.decay == "gradient" else decay_parameter
+DECAYS: dict[str, Callable[..., Any]] = {"gradient": decay_gradient, "parameter": decay_parameter}
+
+
+def named(program: Program) -> dict[str, Callable[..., Any]]:
+    """Return the rule and all functions of the chain, by their names in the kernel."""
+    found = {"rule": program.rule}
+    if program.decay in DECAYS:
+        found["decay"] = DECAYS[program.decay]
     for j, stage in enumerate(program.stages):
         for role in ("summand", "finish", "apply"):
             if (function := getattr(stage, role)) is not None:
-                named[f"{role}_{j}"] = function
-    return [text_of(f, name, decorator, exact_division) for name, f in named.items()]
+                found[f"{role}_{j}"] = function
+    return found
+
+
+def functions(program: Program, decorator: str, exact_division: bool) -> list[str]:
+    """Return the texts of the rule and of all functions of the chain."""
+    found = named(program).items()
+    return [text_of(f, name, decorator, exact_division) for name, f in found]
 
 
 def constants_of(program: Program, j: int) -> list[str]:
@@ -1159,15 +1298,18 @@ def stage_of(transform: Transform) -> Stage:
     return Stage(transform.over, transform.summand, transform.finish, transform.apply, count)
 
 
-def refusal(function: Callable[..., Any]) -> str | None:
+def refusal(function: Callable[..., Any]) -> Unsupported | None:
     """Say why a transform has no kernel, or None."""
     name = getattr(function, "__name__", type(function).__name__)
     if not isinstance(function, Transform):
-        return f"{name} is a plain function; agrlib.transform would declare what it sums"
+        plain = f"{name} is a plain function; agrlib.transform would declare what it sums"
+        return Unsupported(plain)
+    if type(function) is not Transform:
+        return Unsupported(f"{name} is of a class of its own, which may do something else")
     try:
         stage_of(function)
     except Unsupported as error:
-        return str(error)
+        return error
     return None
 
 
@@ -1196,11 +1338,13 @@ def recipe_of(optimizer: GradientMethod, group: Group) -> Recipe:
     """Return what a kernel for the group computes, or raise Unsupported."""
     rule, keys = optimizer.update_rule(group)
     read(rule)
+    if optimizer.weight_decay_acts_on in DECAYS:
+        read(DECAYS[optimizer.weight_decay_acts_on])
     power = power_of(rule, keys, optimizer.scalars(group, 1.0, 1))
     chain = group["transforms"]
     reasons = [refusal(function) for function in chain]
-    if group["fused"] and any(reasons):
-        raise Unsupported(next(filter(None, reasons)))
+    for reason in filter(None, reasons):
+        refuse(group, reason)
     cut = max((i + 1 for i, reason in enumerate(reasons) if reason), default=0)
     parts = [f for t in chain[cut:] for f in (t.summand, t.finish, t.apply) if f is not None]
     if any(map(exponents, parts)):
@@ -1837,12 +1981,14 @@ def over_all(chain: Iterable[Any]) -> set[Transform]:
     return {f for f in chain if isinstance(f, Transform) and f.over == "all"}
 
 
-def refuse(group: Group, reason: str) -> None:
+def refuse(group: Group, reason: str | Unsupported) -> None:
     """Raise where a group demands what a kernel cannot do."""
     if group["fused"]:
         raise RuntimeError(
             f"fused=True: {reason}. With fused=None such parameters go the eager way"
         )
+    if group["fused"] is None and isinstance(reason, Changed):
+        warn_once(f"{reason}. It goes the eager way")
 
 
 def signature_of(optimizer: GradientMethod) -> list[tuple[Any, ...]]:
@@ -1902,6 +2048,9 @@ class Plan:
         self.recipes, self.fast = self.sort(grads)
         self.pending: list[tuple[Tensor, str, Tensor]] = []
         self.batches = self.make_batches(grads)
+        sources = {f for batch in self.batches for f in named(batch.program).values()}
+        self.sources = [(f, f.__code__, meanings(f)) for f in sources]
+        self.declared = [(f, f._identity()) for batch in self.batches for f in batch.chain]
         together = [batch for batch in self.batches if batch.whole and needs_others(batch)]
         self.alone = [batch for batch in self.batches if batch not in together]
         self.rounds = rounds_of(together)
@@ -1929,7 +2078,7 @@ class Plan:
             try:
                 recipes.append(recipe_of(self.optimizer, group))
             except Unsupported as error:
-                refuse(group, str(error))
+                refuse(group, error)
                 recipes.append(None)
         fast, large = [], 0
         often = collections.Counter(map(id, self.params))
@@ -2036,10 +2185,18 @@ class Plan:
             and all(grads[i] is None for i in self.absent)
             and all(grads[i] is not None for i in self.eager)
             and signature_of(self.optimizer) == self.signature
+            and self.means_the_same()
             and all(map(self.has_power, self.optimizer.param_groups, self.recipes))
             and all(
                 batch.point(batch.own(grads)) for batch in self.batches if not self.waits(batch)
             )
+        )
+
+    def means_the_same(self) -> bool:
+        """Whether the functions that the kernels were made from still are what they were."""
+        return all(function._identity() == known for function, known in self.declared) and all(
+            function.__code__ is code and all(meaning(function, n) is known for n, known in names)
+            for function, code, names in self.sources
         )
 
     def has_power(self, group: Group, recipe: Recipe | None) -> bool:

@@ -9,7 +9,6 @@ import inspect
 import math
 import types
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -38,22 +37,6 @@ def add_up(terms: Tensor, rows: bool = False) -> Tensor:
     return terms.sum(dtype=dtype)
 
 
-def remembered(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Keep what a function returns for a Python function, as long as that one exists."""
-    known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-    @functools.wraps(function)
-    def recall(key: Any) -> Any:
-        if not isinstance(key, types.FunctionType):  # others may not be hashable
-            return function(key)
-        if key not in known:
-            known[key] = function(key)
-        return known[key]
-
-    return recall
-
-
-@remembered
 def is_arithmetic(function: Callable[..., Any]) -> bool:
     """Whether a function is one of numbers, so that it may be applied to parts of tensors."""
     from agrlib.kernels import Unsupported, read
@@ -152,7 +135,7 @@ class Transform:
         self.__signature__ = inspect.signature(self.__call__)
         self.__name__ = name or own
         self.apply, self.over, self.summand, self.finish = apply, over, summand, finish
-        self.constants, self.smallest = constants, smallest
+        self.constants, self.smallest = tuple(constants), smallest
 
     def __call__(self, grad: Tensor) -> Tensor:
         return self.map([grad])[0]
