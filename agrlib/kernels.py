@@ -13,19 +13,23 @@ import collections
 import contextlib
 import copy
 import ctypes
+import errno
 import functools
 import hashlib
 import importlib.util
 import inspect
 import itertools
+import json
 import linecache
 import os
 import queue
+import stat
 import sys
-import tempfile
 import textwrap
 import threading
+import time
 import types
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_, itemgetter
@@ -60,14 +64,20 @@ class Changed(Unsupported):
     """The source at hand is not that of the function in memory."""
 
 
-CAUSES: set[str] = set()  # of which a warning has told
+WARNED: set[str] = set()
 
 
 def warn_once(cause: str) -> None:
-    """Warn, the first time that there is this cause."""
-    if cause not in CAUSES:
-        CAUSES.add(cause)
+    """Warn of a cause, once in a process."""
+    if cause not in WARNED:
+        WARNED.add(cause)
         warnings.warn(cause, RuntimeWarning, stacklevel=2)
+
+
+def told(error: BaseException) -> str:
+    """Return an error in one line, without the names of files, so that equal causes read alike."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}".removesuffix(": ")
 
 
 PRIMITIVES: dict[str, tuple[Any, ...]] = {
@@ -839,33 +849,176 @@ def look(describe, lookup, forget, params, grads, states, keys, values, device, 
 """
 
 
+HOUR = 3600.0  # seconds; no file takes as long to write
+
+
+def is_own(path: Path) -> bool:
+    """Whether only this user and root can write to a file or folder."""
+    if not hasattr(os, "geteuid"):
+        return True
+    status = path.lstat()
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
+def close(path: Path) -> Path:
+    """Let nobody else write to a file or folder of this user; raise OSError if it is another's."""
+    if not is_own(path):
+        if path.lstat().st_uid == os.geteuid():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)
+        if not is_own(path):
+            raise PermissionError(errno.EPERM, "it belongs to others, or they may write to it")
+    return path
+
+
 def cache_folder() -> Path:
-    """Return the folder of the generated sources and of what numba makes of them."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Return the folder of generated sources; OSError or RuntimeError if there can be none."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(home if os.path.isabs(home) else Path.home() / ".cache", "agrlib")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return close(folder.resolve())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that other processes see whole or not at all."""
+    half = path.with_name(f"{path.name}.tmp.{uuid.uuid4().hex}")
     try:
-        folder = Path(home, "agrlib")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:  # no home, or one that cannot be written
-        return Path(tempfile.mkdtemp(prefix="agrlib-"))
+        half.write_bytes(content)
+        os.replace(close(half), path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed have left half-written."""
+    for half in folder.glob("*.tmp.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - half.lstat().st_mtime > HOUR:
+                half.unlink()
+
+
+def files_of(function: Any) -> tuple[Path, list[Path]]:
+    """Return the file of a compiled function's checksums, and those that numba keeps of it."""
+    folder = Path(function.stats.cache_path)
+    name = f"{Path(inspect.getfile(function.py_func)).stem}.{function.__name__}"
+    kept = [path for path in folder.iterdir() if path.name.startswith(f"{name}-")]
+    return folder / f"{name}.sums", sorted(p for p in kept if p.suffix in (".nbi", ".nbc"))
+
+
+def checksums(files: Iterable[Path]) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def is_intact(function: Any) -> bool:
+    """Whether numba's files of a function are those that were written down, by nobody else."""
+    record, files = files_of(function)
+    try:
+        own = all(map(is_own, (record, *files)))
+        return own and json.loads(record.read_bytes()) == checksums(files)
+    except (OSError, ValueError):
+        return False
+
+
+def discard(function: Any) -> None:
+    """Remove what is kept of a function, so that it is compiled anew."""
+    record, files = files_of(function)
+    for path in (record, *files):
+        path.unlink(missing_ok=True)
+
+
+def write_down(function: Any) -> None:
+    """Keep the checksums of what numba has just written."""
+    for _ in range(3):
+        record, files = files_of(function)
+        write(record, json.dumps(checksums(map(close, files))).encode())
+        if is_intact(function):
+            return
+
+
+def warn_of_cache(error: Exception) -> None:
+    """Say that nothing can be kept."""
+    place = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    warn_once(
+        f"kernels are compiled anew in every process, because {place}/agrlib cannot be used "
+        f"({told(error)}): set XDG_CACHE_HOME to a folder that you, and only you, can write to"
+    )
+
+
+def execute(text: str, name: str, path: str) -> types.ModuleType:
+    """Run a generated source as a module; tracebacks and Triton find its lines without a file."""
+    module = types.ModuleType(f"_agrlib_{name}")
+    linecache.cache[path] = len(text), None, text.splitlines(keepends=True), path
+    sys.modules[module.__name__] = module  # numba finds the functions of a cached kernel by this
+    exec(compile(text, path, "exec"), module.__dict__)
+    return module
+
+
+def load_kept(text: str, stem: str) -> types.ModuleType:
+    """Run a source from a file beside which numba keeps what it compiles."""
+    versions = [importlib.import_module(name).__version__ for name in ("numba", "llvmlite")]
+    processor = importlib.import_module("llvmlite.binding").get_host_cpu_name()
+    made_by = "\n".join((text, *versions, processor, sys.version))
+    name = f"{stem}_{hashlib.sha256(made_by.encode()).hexdigest()[:16]}"
+    folder = cache_folder()
+    path = folder / f"{name}.py"
+    if not path.exists() or path.read_bytes() != text.encode():
+        write(path, text.encode())
+    sweep(folder)
+    module = execute(text, name, str(path))
+    for function in vars(module).values():
+        if hasattr(function, "py_func") and function.stats.cache_path is not None:
+            sweep(close(Path(function.stats.cache_path)))
+            if not is_intact(function):
+                discard(function)
+    return module
 
 
 @functools.cache
 def load(text: str, stem: str) -> types.ModuleType:
-    """Write a generated source to its file, unless it is there, and import it."""
+    """Return a generated source as a module; where the disk refuses, one that keeps nothing."""
+    if "cache=True" in text:
+        try:
+            return load_kept(text, stem)
+        except Exception as error:  # no home, a folder of others, a full disk, a path too long
+            warn_of_cache(error)
     name = f"{stem}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    path = cache_folder() / f"{name}.py"
-    if not path.exists() or path.read_text() != text:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as half:
-            half.write(text)
-        os.replace(half.name, path)
-    spec = importlib.util.spec_from_file_location(f"_agrlib_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # numba finds the functions of a cached kernel by this name
-    spec.loader.exec_module(module)
-    return module
+    return execute(text.replace("cache=True", "cache=False"), name, f"<agrlib {name}>")
+
+
+FAILED: dict[Any, str] = {}  # functions that cannot be compiled; a second attempt would be as slow
+
+
+def first_call(function: Any, call: Callable[[], Any]) -> None:
+    """Compile a kernel by a call with nothing to do, or load what an earlier process compiled."""
+    if function in FAILED:
+        raise Unsupported(FAILED[function])
+    try:
+        if hasattr(function, "py_func"):
+            compile_numba(function, call)
+        else:
+            call()
+    except Exception as error:
+        FAILED[function] = f"a kernel cannot be compiled ({told(error)})"
+        raise Unsupported(FAILED[function]) from error
+
+
+def compile_numba(function: Any, call: Callable[[], Any]) -> None:
+    """Make the first call of numba's function, if need be again without what is on the disk."""
+    if function.signatures:
+        return
+    kept = function.stats.cache_path is not None
+    try:
+        call()
+    except Exception:  # of a file; or the disk is full, and the function is there nevertheless
+        if not kept:
+            raise
+        with contextlib.suppress(OSError):
+            discard(function)
+        call()
+    if kept and function.stats.cache_misses:
+        try:
+            write_down(function)
+        except OSError as error:
+            warn_of_cache(error)
 
 
 GPU_HEADER = """
@@ -1205,21 +1358,44 @@ def placements(tensor: Tensor) -> Any:
 
 
 @functools.cache
-def can_import(name: str) -> bool:
-    """Whether an optional package is there and works."""
+def import_error(name: str) -> Exception | None:
+    """Return what keeps an optional package from being imported: any error, if it is broken."""
     try:
         importlib.import_module(name)
-    except ImportError:
-        return False
-    return True
+    except Exception as error:
+        return error.with_traceback(None)
+    return None
+
+
+def can_import(name: str) -> bool:
+    """Whether an optional package is there and works."""
+    return import_error(name) is None
+
+
+def compiler_for(device: torch.device) -> str:
+    """Return the name of the package that makes kernels for a device."""
+    return "triton" if takes_triton(device) else "numba"
+
+
+def broken_compiler(device: torch.device) -> str | None:
+    """Say why a compiler that is installed makes no kernels, or None."""
+    name = compiler_for(device)
+    error = import_error(name)
+    if error is None:
+        idle = name == "numba" and importlib.import_module("numba").config.DISABLE_JIT
+        return "NUMBA_DISABLE_JIT is set, so that numba compiles nothing" if idle else None
+    absent = isinstance(error, ModuleNotFoundError) and error.name == name
+    return None if absent else f"{name} cannot be imported ({told(error)})"
 
 
 def missing_compiler(device: torch.device) -> str | None:
     """Say why no kernel can be made for a device, or None."""
+    if device.type != "cpu" and not takes_triton(device):
+        return f"there are kernels for CPU and CUDA tensors, not for {device.type} tensors"
+    if reason := broken_compiler(device):
+        return reason
     if takes_triton(device):
         return None if can_import("triton") else "Triton is not installed: pip install triton"
-    if device.type != "cpu":
-        return f"there are kernels for CPU and CUDA tensors, not for {device.type} tensors"
     if not can_import("numba"):
         return "numba is not installed: pip install 'agrlib[cpu]'"
     return None
@@ -1229,7 +1405,7 @@ def refuse_devices(params: Iterable[Tensor]) -> None:
     """Raise RuntimeError where no kernel can be made for a parameter, whatever its gradient."""
     for device in dict.fromkeys(param.device for param in params):
         if reason := missing_compiler(device):
-            raise RuntimeError(f"fused=True: {reason}")
+            raise RuntimeError(f"fused=True: {reason}") from import_error(compiler_for(device))
 
 
 def dense_in(tensor: Tensor, rows: bool) -> bool:
@@ -1479,7 +1655,10 @@ def description() -> tuple[int, ...] | None:
     if capsule is None or not can_import("numba"):
         return None
     kind = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-    place = kind(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
+    try:
+        place = kind(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
+    except ValueError:  # a capsule of another kind
+        return None
     api = ExchangeAPI.from_address(place)
     if api.major != 1 or not api.describe:
         return None
@@ -1527,12 +1706,27 @@ class Glance:
             form[0] = len(shape)
             form[1 : 1 + 2 * len(shape)] = np.stack((shape, strides), axis=1).ravel()
         self.answer = np.zeros(6, np.int64)
+        first_call(self.run, self.compile)
+
+    def compile(self) -> None:
+        """Look at no tensors."""
+        none, grads = np.zeros(0, np.int64), np.zeros(0, object)
+        known = none, grads.__array_interface__["data"][0], none, self.keys, self.known[:, :0]
+        forms = self.device, self.dtypes, self.steps, self.forms[:0]
+        addresses = np.zeros((len(self.dtypes), 0), np.int64)
+        self.run(*self.functions, *known, *forms, addresses, addresses, self.answer)
 
     @classmethod
     def at(cls, batch: "Batch", states: list[dict[str, Tensor]]) -> "Glance | None":
         """Return a glance at a batch, or None where it cannot or need not be had."""
         few = len(batch.params) < MANY or batch.sharded or any(0 in s for s in batch.shapes)
-        return None if few or description() is None else cls(batch, states)
+        if few or broken_compiler(torch.device("cpu")) or description() is None:
+            return None
+        try:
+            return cls(batch, states)
+        except Unsupported as error:  # then every tensor is asked
+            warn_once(f"steps take longer, because {error}")
+            return None
 
     def look(self, states: list[dict[str, Tensor]], grads: list[Tensor]) -> np.ndarray | None:
         """Return the addresses of all tensors, the same array if none moved; None if in doubt."""
@@ -1705,10 +1899,9 @@ class Batch:
 
     def seeds_of(self, group: Group, members: slice, steps: Any) -> Tensor:
         """Return what the noise of each tensor starts from."""
-        index = torch.tensor([m.noise for m in self.members[members]])
-        return noise_seed(
-            group["rounding_seed"], torch.as_tensor(steps).long(), index.to(self.device)
-        )
+        index = torch.tensor([m.noise for m in self.members[members]], device=self.device)
+        count = steps if isinstance(steps, Tensor) else torch.from_numpy(steps)
+        return noise_seed(group["rounding_seed"], count.long(), index)
 
 
 class CPUBatch(Batch):
@@ -1729,8 +1922,9 @@ class CPUBatch(Batch):
         self.steps = np.zeros(size * self.counts_steps, np.float32)
         self.cores = 0
         self.arrange()
-        self.call(Waves.of([], self.sizes))  # compiles
-        self.read_steps(self.step_addresses[:0], self.steps[:0])
+        none = self.step_addresses[:0], self.steps[:0]
+        first_call(self.kernel, lambda: self.call(Waves.of([], self.sizes)))
+        first_call(self.read_steps, lambda: self.read_steps(*none))
 
     def arrange(self) -> None:
         """Cut the work into items, and say in which waves they are done."""
@@ -1841,7 +2035,8 @@ class GPUBatch(Batch):
         self.counts, self.totals = self.on_device(self.counts), self.on_device(self.totals)
         constants = [c for f in self.chain for c in f.constants]
         self.constants = self.on_device(constants or [0.0], self.wide)
-        self.one, self.zero = self.on_device([1.0], self.wide), self.on_device([0.0])
+        self.one = self.on_device([1.0], self.wide)
+        self.zero = self.on_device([0.0], torch.float32)
         self.scale, self.found_inf = self.one, self.zero
         self.partial = torch.zeros(self.length, dtype=torch.float64, device=self.device)
         self.seeds = self.on_device(np.zeros(size, np.int64))
@@ -1851,11 +2046,24 @@ class GPUBatch(Batch):
         self.aligned = self.placed = False
         self.spare: Tensor | None = None
         self.recorded: list[Tensor] = []
+        first_call(self.kernels, self.compile)
+
+    def compile(self) -> None:
+        """Launch all kernels as in a step that a gradient scaler calls off: nothing is written."""
+        nowhere = np.zeros((len(self.program.dtypes), len(self.params)), np.int64)
+        self.table = self.on_device(nowhere)
+        self.aligned = all(is_aligned(part, self.chain) for part in self.parts)
+        self.found_inf = self.zero + 1
+        for q in range(len(self.whole)):
+            self.reduce(q)
+        self.call(self.kernels.update)
+        self.found_inf = self.zero
 
     def on_device(self, values: Any, dtype: torch.dtype | None = None) -> Tensor:
         """Copy numbers to the device without waiting for it."""
-        there = torch.as_tensor(values, dtype=dtype)
-        if self.device.type == "cuda":
+        there = values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+        there = there.to(dtype or there.dtype)
+        if self.device.type == "cuda" and there.device.type == "cpu":
             there = there.pin_memory()
         return there.to(self.device, non_blocking=True)
 
@@ -1886,7 +2094,8 @@ class GPUBatch(Batch):
 
     def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         if self.spare is None and not self.capturing:
-            self.spare = torch.empty(len(self.program.dtypes), len(self.params), dtype=torch.int64)
+            form = len(self.program.dtypes), len(self.params)
+            self.spare = torch.empty(form, dtype=torch.int64, device="cpu")
             self.spare = self.spare.pin_memory() if self.device.type == "cuda" else self.spare
         self.scale, self.found_inf = self.one, self.zero
         if scale is not None:
@@ -1981,12 +2190,12 @@ def over_all(chain: Iterable[Any]) -> set[Transform]:
     return {f for f in chain if isinstance(f, Transform) and f.over == "all"}
 
 
-def refuse(group: Group, reason: str | Unsupported) -> None:
+def refuse(group: Group, reason: str | Unsupported, cause: Exception | None = None) -> None:
     """Raise where a group demands what a kernel cannot do."""
     if group["fused"]:
         raise RuntimeError(
             f"fused=True: {reason}. With fused=None such parameters go the eager way"
-        )
+        ) from cause
     if group["fused"] is None and isinstance(reason, Changed):
         warn_once(f"{reason}. It goes the eager way")
 
@@ -2078,7 +2287,7 @@ class Plan:
             try:
                 recipes.append(recipe_of(self.optimizer, group))
             except Unsupported as error:
-                refuse(group, error)
+                refuse(group, error, error)
                 recipes.append(None)
         fast, large = [], 0
         often = collections.Counter(map(id, self.params))
@@ -2091,6 +2300,8 @@ class Plan:
                 reason = "a parameter was given twice, and all are updated at once"
             if reason:
                 refuse(groups[g], reason)
+                if broken := broken_compiler(param.device):
+                    warn_once(f"steps go the eager way, because {broken}")
                 continue
             fast.append(i)
             large += param.numel()
@@ -2129,7 +2340,32 @@ class Plan:
             fast = kept
 
     def make_batches(self, grads: list[Tensor | None]) -> list[Batch]:
-        """Make the kernels, and the state that is missing."""
+        """Make the kernels; parameters for which that fails go the eager way."""
+        while True:
+            batches: list[Batch] = []
+            failed: set[int] = set()
+            for (program, chain, _, device, _), members in self.sort_members(grads).items():
+                kind = GPUBatch if takes_triton(device) else CPUBatch
+                try:
+                    batches.append(kind(self.optimizer, program, chain, members))
+                except Exception as error:  # of a compiler, a disk, a device
+                    self.give_up(members, error)
+                    failed |= {member.number for member in members}
+            if not failed:
+                return batches
+            left = [i for i in self.fast if i not in failed]
+            self.fast = self.without_conflicts(self.recipes, left, grads)
+
+    def give_up(self, members: list[Member], error: Exception) -> None:
+        """Say why there is no kernel for some parameters."""
+        reason = str(error) if isinstance(error, Unsupported) else told(error)
+        for g in dict.fromkeys(member.group for member in members):
+            refuse(self.optimizer.param_groups[g], reason, error)
+        warn_once(f"steps go the eager way, because {reason}")
+
+    def sort_members(self, grads: list[Tensor | None]) -> dict[Any, list[Member]]:
+        """Put together what one kernel can update, and make the state that is missing."""
+        self.pending = []
         sorted_members: dict[Any, list[Member]] = {}
         for i in self.fast:
             param, grad, g = self.params[i], grads[i], self.groups[i]
@@ -2160,11 +2396,7 @@ class Plan:
             place = (program, recipe.compiled, bool(recipe.eager), param.device, aligned)
             member = Member(param, g, i, new, i + part_number(param))
             sorted_members.setdefault(place, []).append(member)
-        batches: list[Batch] = []
-        for (program, chain, _, device, _), members in sorted_members.items():
-            kind = GPUBatch if takes_triton(device) else CPUBatch
-            batches.append(kind(self.optimizer, program, chain, members))
-        return batches
+        return sorted_members
 
     def add_step(self, group: Group, param: Tensor, state: dict[str, Tensor]) -> None:
         """Give a parameter the number of its steps, on its own device if a GPU kernel counts."""
@@ -2173,8 +2405,8 @@ class Plan:
         home = param.device if takes_triton(param.device) else torch.device("cpu")
         step = state.get("step")
         if step is None or (step.dtype, step.device) != (torch.float32, home):
-            old = torch.zeros(()) if step is None else step
-            made = old.to(home, torch.float32)
+            zero = torch.zeros((), dtype=torch.float32, device=home)  # whatever the default
+            made = zero if step is None else step.to(home, torch.float32)
             self.pending.append((param, "step", made))
 
     def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
