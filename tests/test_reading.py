@@ -51,7 +51,7 @@ def module(tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_causes(monkeypatch):
-    monkeypatch.setattr(kernels, "CAUSES", set())
+    monkeypatch.setattr(kernels, "WARNED", set())
 
 
 def halved(function: Any) -> agrlib.Transform:
