@@ -306,7 +306,8 @@ def mix(h):
 
 @njit(**EXACT)
 def to_bfloat16_stochastically(x, seed, i):
-    noise = mix(np.uint32(seed) ^ np.uint32(i)) & np.uint32(0xFFFF)
+    place = np.uint32(i) * np.uint32(seed >> 32 | 1) + np.uint32(seed)
+    noise = mix(np.uint32(place)) & np.uint32(0xFFFF)
     bits = np.float32(x).view(np.uint32)
     rounded = np.uint16(np.uint32(bits + noise) >> np.uint32(16))
     return rounded if abs(x) < np.float32(np.inf) else to_bfloat16(x)
@@ -810,7 +811,8 @@ def mix(h):
 @triton.jit
 def to_bfloat16_stochastically(x, seed, i):
     bits = x.to(tl.uint32, bitcast=True)
-    noise = mix(seed.to(tl.uint32) ^ i.to(tl.uint32)) & 0xFFFF
+    place = i.to(tl.uint32) * (seed >> 32 | 1).to(tl.uint32) + seed.to(tl.uint32)
+    noise = mix(place) & 0xFFFF
     rounded = ((bits + noise) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), rounded, to_bfloat16(x))
 """
@@ -1396,7 +1398,8 @@ class Batch:
         groups = [member.group for member in members]
         spans = [(g, groups.index(g), groups.count(g)) for g in dict.fromkeys(groups)]
         self.spans = [(g, slice(first, first + count)) for g, first, count in spans]
-        self.counts_steps = optimizer.counts_steps or program.stochastic
+        rounds = optimizer.param_groups[members[0].group]["stochastic_rounding"]
+        self.counts_steps = optimizer.counts_steps or bool(rounds)
         self.keys = [*program.state, *(["step"] if self.counts_steps else [])]
         self.new = np.array([member.new for member in members], np.bool_)
         self.tensors: list[list[Tensor]] = []
@@ -1966,11 +1969,12 @@ class Plan:
                 stochastic,
             )
             aligned = not takes_triton(param.device) or is_aligned(local(param), recipe.compiled)
-            place = (program, recipe.compiled, bool(recipe.eager), param.device, aligned)
+            counts = bool(group["stochastic_rounding"])  # of any type, as the eager way does
+            place = (program, recipe.compiled, bool(recipe.eager), param.device, aligned, counts)
             member = Member(param, g, i, new, i + part_number(param))
             sorted_members.setdefault(place, []).append(member)
         batches: list[Batch] = []
-        for (program, chain, _, device, _), members in sorted_members.items():
+        for (program, chain, _, device, *_), members in sorted_members.items():
             kind = GPUBatch if takes_triton(device) else CPUBatch
             batches.append(kind(self.optimizer, program, chain, members))
         return batches

@@ -9,6 +9,7 @@ import inspect
 import math
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -371,9 +372,29 @@ def mix(bits: Any) -> Any:
     return bits ^ (bits >> 16)
 
 
+def hash_words(*words: Any) -> Any:
+    """Hash 32-bit words, numbers or integer tensors, to 64 bits; each word changes all of them."""
+    low = high = 0
+    for word in words:
+        low = mix(low ^ (word & 0xFFFFFFFF))
+        high = mix((high + low) & 0xFFFFFFFF)
+    return high << 32 | low
+
+
 def noise_seed(seed: int, step: Any, index: Any) -> Any:
     """Return what the noise of one parameter at one step starts from."""
-    return mix(mix(((seed ^ (seed >> 32)) + step) & 0xFFFFFFFF) ^ index)
+    return hash_words(seed, seed >> 32, step, index, index >> 32)
+
+
+seeded: Counter[int] = Counter()  # for each seed of torch, how many groups have taken theirs
+
+
+def seed_rounding(group: Group) -> None:
+    """Give a group that rounds stochastically a seed of its own, unless it has one."""
+    if group["stochastic_rounding"] and "rounding_seed" not in group:
+        seed = torch.initial_seed()
+        seeded[seed] += 1
+        group["rounding_seed"] = hash_words(seed, seed >> 32, seeded[seed])
 
 
 def part_number(tensor: Tensor) -> int:
@@ -382,7 +403,7 @@ def part_number(tensor: Tensor) -> int:
         return 0
     from agrlib.distributed import shard_number
 
-    return shard_number(tensor) << 16
+    return shard_number(tensor) << 32
 
 
 def round_stochastically(value: Tensor, seed: Any, first: int = 0) -> Tensor:
@@ -395,7 +416,7 @@ def round_stochastically(value: Tensor, seed: Any, first: int = 0) -> Tensor:
 
         return map_part(functools.partial(round_stochastically, seed=seed), value)
     place = torch.arange(first, first + value.numel(), device=value.device).reshape(value.shape)
-    noise = (mix((seed ^ place) & 0xFFFFFFFF) & 0xFFFF).to(torch.int32)
+    noise = (mix((place * (seed >> 32 | 1) + seed) & 0xFFFFFFFF) & 0xFFFF).to(torch.int32)
     rounded = ((value.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
@@ -558,7 +579,8 @@ class GradientMethod(RecordedOptimizer):
         differentiable: let autograd record the step.
         state_dtype: floating-point type of the state; None takes the parameter's.
         stochastic_rounding: round bfloat16 parameters stochastically, reproducibly from torch's
-            seed at construction, the parameter's step and its index.
+            seed at construction, the number of groups seeded from it before, the parameter's step
+            and its index. A group may hold a `rounding_seed` of its own.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN, infinite or out of range.
@@ -622,8 +644,7 @@ class GradientMethod(RecordedOptimizer):
             param_group = {**self.defaults, **param_group}
             param_group["transforms"] = Chain.of(param_group["transforms"])
             self.check(param_group)
-            if param_group["stochastic_rounding"]:  # seeded now, whatever is drawn before a step
-                param_group.setdefault("rounding_seed", torch.initial_seed())
+            seed_rounding(param_group)  # now, whatever is drawn before a step
         super().add_param_group(param_group)
         if self.param_groups[-1]["fused"]:
             from agrlib.kernels import refuse_devices
@@ -695,8 +716,7 @@ class GradientMethod(RecordedOptimizer):
             check_options(group)
         check_types(group)
         self.update_rule(group), self.scalars(group, 1.0, 1)  # the method's own options fail here
-        if group["stochastic_rounding"]:
-            group.setdefault("rounding_seed", torch.initial_seed())
+        seed_rounding(group)
 
     def _plan_step(self, params: list[Tensor], grads: list[Tensor | None]) -> Any:
         """Return the part of compiled kernels in this step; None leaves all to the eager way."""

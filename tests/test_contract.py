@@ -23,6 +23,7 @@ from contract import (
     parameters,
     run,
     same,
+    seed,
     step,
     train,
     twins,
@@ -31,6 +32,7 @@ from contract import (
 
 import agrlib
 from agrlib import GradientMethod
+from agrlib.optimizer import noise_seed, round_stochastically
 
 HALF = [torch.bfloat16, torch.float16]
 NAN, INF = math.nan, math.inf
@@ -607,8 +609,8 @@ def test_state_dtype(entry, state_dtype):
 # --- stochastic rounding -----------------------------------------------------------------------
 
 
-def rounded(entry, seed, shape=(4096,), **more):
-    torch.manual_seed(seed)
+def rounded(entry, number, shape=(4096,), **more):
+    seed(number)
     param = torch.nn.Parameter(torch.full(shape, -0.7, dtype=torch.bfloat16))
     kwargs = {**entry.kwargs, "lr": 1e-3, **more}
     return entry.cls([param], stochastic_rounding=True, state_dtype=torch.float32, **kwargs), param
@@ -616,7 +618,7 @@ def rounded(entry, seed, shape=(4096,), **more):
 
 @every
 def test_stochastic_rounding_is_unbiased(entry):
-    optimizer, param = rounded(entry, seed=0)
+    optimizer, param = rounded(entry, 0)
     step(optimizer, [torch.full_like(param, 0.3)])
     exact = torch.nn.Parameter(torch.full((1,), -0.7, dtype=torch.bfloat16).float())
     reference = entry.cls([exact], **{**entry.kwargs, "lr": 1e-3})
@@ -643,7 +645,7 @@ def test_stochastic_rounding_may_be_turned_on_later_and_draws_from_no_one_else(e
 @every
 def test_stochastic_rounding_differs_between_steps(entry):
     """With the same noise, those rounded up at one step would be among those of the other."""
-    optimizer, param = rounded(entry, seed=0)
+    optimizer, param = rounded(entry, 0)
     ups = []
     for _ in range(2):
         param.data.fill_(-0.7)
@@ -656,8 +658,8 @@ def test_stochastic_rounding_differs_between_steps(entry):
 
 @every
 def test_stochastic_rounding_depends_on_seed_step_and_index_alone(entry):
-    def trajectory(seed, resume=None, deep=False):
-        optimizer, param = rounded(entry, seed, (64,))
+    def trajectory(number, resume=None, deep=False):
+        optimizer, param = rounded(entry, number, (64,))
         extra = torch.nn.Parameter(param.detach().clone())
         optimizer.add_param_group(dict(params=[extra]))
         history = []
@@ -684,6 +686,66 @@ def test_stochastic_rounding_depends_on_seed_step_and_index_alone(entry):
     assert same(first, trajectory(1, deep=True))
     assert not same(first, trajectory(2))
     assert not torch.equal(first[0], first[1]), "two parameters round alike"
+
+
+def flips(made, steps=2):
+    """At each step, which entries half way between two neighbors each parameter rounds up."""
+    found = []
+    for _ in range(steps):
+        for param in members(made):
+            param.data.fill_(1)
+            param.grad = torch.full_like(param, -(2**-8))
+        made.step()
+        found += [param.detach() > 1 for param in members(made)]
+    return found
+
+
+def halves(sizes=(2**14,) * 2):
+    return [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in sizes]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+def test_stochastic_rounding_of_neighbors_is_independent(fused):
+    """Neighboring seeds, steps, parameters, groups and optimizers draw noise of their own."""
+    if fused:
+        pytest.importorskip("numba", reason="numba has no wheel for this platform")
+    more, found = dict(lr=1.0, stochastic_rounding=True, fused=fused), []
+    for number in range(3):
+        seed(number)
+        for _ in range(2):
+            first, second, third = halves((2**14,) * 3)
+            groups = [dict(params=[first, second]), dict(params=[third])]
+            found += flips(agrlib.SGD(groups, **more))
+    noise = 2.0 * torch.stack(found).double() - 1
+    count = noise.shape[1]
+    assert (noise.mean(1).abs() < 5 / count**0.5).all()
+    spectrum = torch.fft.rfft(noise)
+    for i, one in enumerate(spectrum[:-1]):  # also where one is the other, moved by any distance
+        others = torch.fft.irfft(one.conj() * spectrum[i + 1 :], n=count) / count
+        assert (others.abs() < 6.5 / count**0.5).all()
+    swapped = noise.reshape(len(noise), -1, 2).flip(2).reshape(noise.shape)
+    assert ((noise @ swapped.T).fill_diagonal_(0).abs() < 6.5 * count**0.5).all()
+
+
+def test_stochastic_rounding_permutes_no_sequence():
+    """Of 1500 steps with 8192 entries, no two draw the same numbers in another order."""
+    values = [torch.full((8192,), 1 + 2.0**-7 * k / 5) for k in range(1, 5)]
+    drawn = set()
+    for t in range(1500):
+        start = noise_seed(0, torch.tensor(t), 0)
+        ups = [round_stochastically(value, start) > 1 for value in values]
+        drawn.add(tuple(int(up.sum()) for up in ups))
+    assert len(drawn) == 1500
+
+
+@every
+def test_every_way_counts_the_steps_that_round(entry):
+    pytest.importorskip("numba", reason="numba has no wheel for this platform")
+    for fused in (False, True):
+        params = [*parameters(torch.float32, [(3,)]), *parameters(torch.bfloat16, [(3,)])]
+        made = entry.cls(params, fused=fused, stochastic_rounding=True, **entry.kwargs)
+        train(made, gradients(params, 3))
+        assert [made.state[param]["step"].item() for param in params] == [3.0, 3.0]
 
 
 @every
@@ -927,6 +989,7 @@ KINDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.complex64: 1e-6, torch
 def test_a_large_tensor_in_parts_is_updated_like_a_whole_one(entry, kind, monkeypatch):
     results = []
     for part in (1000, 10**9):
+        seed(0)
         monkeypatch.setattr(agrlib.optimizer, "PART", part)
         params = parameters(kind, [(64, 40), (3, 5)])
         more = dict(transforms=[agrlib.agr, agrlib.clip_global_norm(0.5)], maximize=True)
