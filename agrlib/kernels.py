@@ -43,6 +43,7 @@ from agrlib.optimizer import (
     part_number,
     remembered,
     state_dtype,
+    with_numbers,
 )
 
 
@@ -1207,7 +1208,7 @@ def recipe_of(optimizer: GradientMethod, group: Group) -> Recipe:
     """Return what a kernel for the group computes, or raise Unsupported."""
     rule, keys = optimizer.update_rule(group)
     read(rule)
-    power = power_of(rule, keys, optimizer.scalars(group, 1.0, 1))
+    power = power_of(rule, keys, optimizer.scalars(with_numbers(group), 1.0, 1))
     chain = group["transforms"]
     reasons = [refusal(function) for function in chain]
     if group["fused"] and any(reasons):
@@ -1514,15 +1515,14 @@ class Batch:
         """Return a row of the kernel's table: sign, decay, and the scalars of the rule."""
         decay = group["weight_decay"]
         rate = lr * decay if self.program.decay == "parameter" else decay
-        sign, decays = -1.0 if group["maximize"] else 1.0, float(decay != 0)
+        sign, decays = -1.0 if group["maximize"] else 1.0, (decay != 0) * 1.0
         return [sign, decays, rate, *self.optimizer.scalars(group, lr, step)]
 
     def seeds_of(self, group: Group, members: slice, steps: Any) -> Tensor:
         """Return what the noise of each tensor starts from."""
-        index = torch.tensor([m.noise for m in self.members[members]])
-        return noise_seed(
-            group["rounding_seed"], torch.as_tensor(steps).long(), index.to(self.device)
-        )
+        index = torch.tensor([m.noise for m in self.members[members]], device="cpu")
+        steps = torch.from_numpy(steps) if isinstance(steps, np.ndarray) else steps
+        return noise_seed(group["rounding_seed"], steps.long(), index.to(self.device))
 
 
 class CPUBatch(Batch):
@@ -1586,7 +1586,7 @@ class CPUBatch(Batch):
         alike = self.advance(self.step_addresses, self.steps, np.float32(0))
         rows: list[list[Any]] = []
         for g, members in self.spans:
-            group = self.optimizer.param_groups[g]
+            group = with_numbers(self.optimizer.param_groups[g], float)
             lr = float(group["lr"])
             steps = self.steps[members] + 1 if self.counts_steps else np.zeros(0, np.float32)
             if self.program.stochastic:
@@ -1658,7 +1658,8 @@ class GPUBatch(Batch):
         self.counts, self.totals = self.on_device(self.counts), self.on_device(self.totals)
         constants = [c for f in self.chain for c in f.constants]
         self.constants = self.on_device(constants or [0.0], self.wide)
-        self.one, self.zero = self.on_device([1.0], self.wide), self.on_device([0.0])
+        self.one = self.on_device([1.0], self.wide)
+        self.zero = self.on_device([0.0], torch.float32)
         self.scale, self.found_inf = self.one, self.zero
         self.partial = torch.zeros(self.length, dtype=torch.float64, device=self.device)
         self.seeds = self.on_device(np.zeros(size, np.int64))
@@ -1671,7 +1672,7 @@ class GPUBatch(Batch):
 
     def on_device(self, values: Any, dtype: torch.dtype | None = None) -> Tensor:
         """Copy numbers to the device without waiting for it."""
-        there = torch.as_tensor(values, dtype=dtype)
+        there = torch.as_tensor(values, dtype=dtype, device="cpu")  # whatever the default
         if self.device.type == "cuda":
             there = there.pin_memory()
         return there.to(self.device, non_blocking=True)
@@ -1703,7 +1704,8 @@ class GPUBatch(Batch):
 
     def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         if self.spare is None and not self.capturing:
-            self.spare = torch.empty(len(self.program.dtypes), len(self.params), dtype=torch.int64)
+            form = len(self.program.dtypes), len(self.params)
+            self.spare = torch.empty(form, dtype=torch.int64, device="cpu")
             self.spare = self.spare.pin_memory() if self.device.type == "cuda" else self.spare
         self.scale, self.found_inf = self.one, self.zero
         if scale is not None:
@@ -1713,9 +1715,8 @@ class GPUBatch(Batch):
         if self.counts_steps:
             steps = torch.stack(self.tensors[-1]).double().reshape(-1) + 1
         for (g, members), known in zip(self.spans, self.known, strict=True):
-            group = self.optimizer.param_groups[g]
+            group = with_numbers(self.optimizer.param_groups[g])
             lr = group["lr"]
-            lr = lr.double().reshape(()) if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
             if self.program.stochastic:
                 self.seeds[members] = self.seeds_of(group, members, steps[members].long())
             if self.optimizer.counts_steps:
@@ -1886,12 +1887,13 @@ class Plan:
         """Return each group's recipe, and the parameters that go through kernels."""
         groups = self.optimizer.param_groups
         recipes: list[Recipe | None] = []
-        for group in groups:
+        ready = {g for g, missing in zip(self.groups, self.missing, strict=True) if not missing}
+        for g, group in enumerate(groups):
+            recipes.append(None)
             try:
-                recipes.append(recipe_of(self.optimizer, group))
+                recipes[g] = recipe_of(self.optimizer, group) if g in ready else None
             except Unsupported as error:
                 refuse(group, str(error))
-                recipes.append(None)
         fast, large = [], 0
         often = collections.Counter(map(id, self.params))
         for i, (param, grad, g) in enumerate(zip(self.params, grads, self.groups, strict=True)):
@@ -1986,7 +1988,7 @@ class Plan:
         home = param.device if takes_triton(param.device) else torch.device("cpu")
         step = state.get("step")
         if step is None or (step.dtype, step.device) != (torch.float32, home):
-            old = torch.zeros(()) if step is None else step
+            old = torch.zeros((), device="cpu") if step is None else step
             made = old.to(home, torch.float32)
             self.pending.append((param, "step", made))
 
@@ -2009,7 +2011,7 @@ class Plan:
         """Whether a kernel still raises to the exponents that the group asks for."""
         if recipe is None or recipe.power in ("", "general"):
             return True
-        scalars = self.optimizer.scalars(group, 1.0, 1)
+        scalars = self.optimizer.scalars(with_numbers(group), 1.0, 1)
         return recipe.power == power_of(recipe.rule, recipe.state, scalars)
 
     def waits(self, batch: Batch) -> bool:
