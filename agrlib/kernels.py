@@ -53,6 +53,7 @@ from agrlib.optimizer import (
     noise_seed,
     part_number,
     state_dtype,
+    with_numbers,
 )
 
 
@@ -485,7 +486,8 @@ def mix(h):
 
 @njit(**EXACT)
 def to_bfloat16_stochastically(x, seed, i):
-    noise = mix(np.uint32(seed) ^ np.uint32(i)) & np.uint32(0xFFFF)
+    place = np.uint32(i) * np.uint32(seed >> 32 | 1) + np.uint32(seed)
+    noise = mix(np.uint32(place)) & np.uint32(0xFFFF)
     bits = np.float32(x).view(np.uint32)
     rounded = np.uint16(np.uint32(bits + noise) >> np.uint32(16))
     return rounded if abs(x) < np.float32(np.inf) else to_bfloat16(x)
@@ -1100,7 +1102,8 @@ def mix(h):
 @triton.jit
 def to_bfloat16_stochastically(x, seed, i):
     bits = x.to(tl.uint32, bitcast=True)
-    noise = mix(seed.to(tl.uint32) ^ i.to(tl.uint32)) & 0xFFFF
+    place = i.to(tl.uint32) * (seed >> 32 | 1).to(tl.uint32) + seed.to(tl.uint32)
+    noise = mix(place) & 0xFFFF
     rounded = ((bits + noise) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), rounded, to_bfloat16(x))
 """
@@ -1516,7 +1519,7 @@ def recipe_of(optimizer: GradientMethod, group: Group) -> Recipe:
     read(rule)
     if optimizer.weight_decay_acts_on in DECAYS:
         read(DECAYS[optimizer.weight_decay_acts_on])
-    power = power_of(rule, keys, optimizer.scalars(group, 1.0, 1))
+    power = power_of(rule, keys, optimizer.scalars(with_numbers(group), 1.0, 1))
     chain = group["transforms"]
     reasons = [refusal(function) for function in chain]
     for reason in filter(None, reasons):
@@ -1779,7 +1782,8 @@ class Batch:
         groups = [member.group for member in members]
         spans = [(g, groups.index(g), groups.count(g)) for g in dict.fromkeys(groups)]
         self.spans = [(g, slice(first, first + count)) for g, first, count in spans]
-        self.counts_steps = optimizer.counts_steps or program.stochastic
+        rounds = optimizer.param_groups[members[0].group]["stochastic_rounding"]
+        self.counts_steps = optimizer.counts_steps or bool(rounds)
         self.keys = [*program.state, *(["step"] if self.counts_steps else [])]
         self.new = np.array([member.new for member in members], np.bool_)
         self.tensors: list[list[Tensor]] = []
@@ -1894,7 +1898,7 @@ class Batch:
         """Return a row of the kernel's table: sign, decay, and the scalars of the rule."""
         decay = group["weight_decay"]
         rate = lr * decay if self.program.decay == "parameter" else decay
-        sign, decays = -1.0 if group["maximize"] else 1.0, float(decay != 0)
+        sign, decays = -1.0 if group["maximize"] else 1.0, (decay != 0) * 1.0
         return [sign, decays, rate, *self.optimizer.scalars(group, lr, step)]
 
     def seeds_of(self, group: Group, members: slice, steps: Any) -> Tensor:
@@ -1964,7 +1968,7 @@ class CPUBatch(Batch):
         alike = self.read_steps(self.step_addresses, self.steps)
         rows: list[list[Any]] = []
         for g, members in self.spans:
-            group = self.optimizer.param_groups[g]
+            group = with_numbers(self.optimizer.param_groups[g], float)
             lr = float(group["lr"])
             steps = self.steps[members] + 1 if self.counts_steps else np.zeros(0, np.float32)
             if self.program.stochastic:
@@ -2105,9 +2109,8 @@ class GPUBatch(Batch):
         if self.counts_steps:
             steps = torch.stack(self.tensors[-1]).double().reshape(-1) + 1
         for (g, members), known in zip(self.spans, self.known, strict=True):
-            group = self.optimizer.param_groups[g]
+            group = with_numbers(self.optimizer.param_groups[g])
             lr = group["lr"]
-            lr = lr.double().reshape(()) if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
             if self.program.stochastic:
                 self.seeds[members] = self.seeds_of(group, members, steps[members].long())
             if self.optimizer.counts_steps:
@@ -2283,12 +2286,13 @@ class Plan:
         """Return each group's recipe, and the parameters that go through kernels."""
         groups = self.optimizer.param_groups
         recipes: list[Recipe | None] = []
-        for group in groups:
+        ready = {g for g, missing in zip(self.groups, self.missing, strict=True) if not missing}
+        for g, group in enumerate(groups):
+            recipes.append(None)
             try:
-                recipes.append(recipe_of(self.optimizer, group))
+                recipes[g] = recipe_of(self.optimizer, group) if g in ready else None
             except Unsupported as error:
                 refuse(group, error, error)
-                recipes.append(None)
         fast, large = [], 0
         often = collections.Counter(map(id, self.params))
         for i, (param, grad, g) in enumerate(zip(self.params, grads, self.groups, strict=True)):
@@ -2344,7 +2348,7 @@ class Plan:
         while True:
             batches: list[Batch] = []
             failed: set[int] = set()
-            for (program, chain, _, device, _), members in self.sort_members(grads).items():
+            for (program, chain, _, device, *_), members in self.sort_members(grads).items():
                 kind = GPUBatch if takes_triton(device) else CPUBatch
                 try:
                     batches.append(kind(self.optimizer, program, chain, members))
@@ -2393,7 +2397,8 @@ class Plan:
                 stochastic,
             )
             aligned = not takes_triton(param.device) or is_aligned(local(param), recipe.compiled)
-            place = (program, recipe.compiled, bool(recipe.eager), param.device, aligned)
+            counts = bool(group["stochastic_rounding"])  # of any type, as the eager way does
+            place = (program, recipe.compiled, bool(recipe.eager), param.device, aligned, counts)
             member = Member(param, g, i, new, i + part_number(param))
             sorted_members.setdefault(place, []).append(member)
         return sorted_members
@@ -2435,7 +2440,7 @@ class Plan:
         """Whether a kernel still raises to the exponents that the group asks for."""
         if recipe is None or recipe.power in ("", "general"):
             return True
-        scalars = self.optimizer.scalars(group, 1.0, 1)
+        scalars = self.optimizer.scalars(with_numbers(group), 1.0, 1)
         return recipe.power == power_of(recipe.rule, recipe.state, scalars)
 
     def waits(self, batch: Batch) -> bool:

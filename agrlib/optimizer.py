@@ -4,11 +4,13 @@
 Derived in the chapter "The anatomy of an optimizer"; the interface is that of torch.optim.
 """
 
+import contextlib
 import functools
 import inspect
 import math
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -19,6 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 Group = dict[str, Any]
+NUMBERS = ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay", "partial")
+NUMBERS += ("initial_accumulator_value",)
 WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
 PART = 2**18  # entries; parts of this size, and what is computed from them, stay in a cache
 
@@ -230,7 +234,8 @@ class Chain(tuple[Callable[[Tensor], Tensor], ...]):
         """Check the transforms that a user gave."""
         wrong = callable(transforms) or isinstance(transforms, str | set | dict)
         if wrong or not isinstance(transforms, Iterable):
-            raise TypeError(f"transforms takes a list of functions, like [agr], not {transforms!r}")
+            what = f"{transforms!r} of type {type(transforms).__name__}"
+            raise TypeError(f"transforms takes a list of functions, like [agr], not {what}")
         chain = cls(transforms)
         for function in chain:
             if not callable(function):
@@ -297,33 +302,61 @@ def require(valid: bool, what: str, value: Any) -> None:
         raise ValueError(f"Invalid {what}: {value}")
 
 
+def described(value: Any) -> str:
+    """Show a value with its type: some print like what would have been right."""
+    return f"{value!r} of type {type(value).__name__}"
+
+
 def check_types(group: Group) -> None:
     """Refuse options of a kind that would fail in the middle of a step."""
-    numbers: Group = {name: group[name] for name in ("lr", "weight_decay", "eps") if name in group}
     betas = group.get("betas", ())
     if not isinstance(betas, tuple | list):
-        raise TypeError(f"betas must be a tuple of numbers, not {betas!r}")
-    numbers.update((f"betas[{i}]", beta) for i, beta in enumerate(betas))
-    for name, value in numbers.items():
-        if not isinstance(value, Real | Tensor):
-            raise TypeError(f"{name} must be a number, not {value!r}")
+        raise TypeError(f"betas must be a tuple of numbers, not {described(betas)}")
+    numbers = [(name, group[name]) for name in NUMBERS if name in group]
+    numbers += [(f"betas[{i}]", beta) for i, beta in enumerate(betas)]
+    for name, value in numbers:
+        if type(value) is not float and not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} must be a number, not {described(value)}")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
     dtype = group["state_dtype"]
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"Invalid state_dtype: {dtype}; use None or a floating-point torch.dtype")
+        what = described(dtype)
+        raise ValueError(f"Invalid state_dtype: {what}; use None or a floating-point torch.dtype")
+
+
+def as_number(value: Tensor) -> Any:
+    """Return a one-element tensor as a number, or without axes where it must stay a tensor."""
+    plain = type(value) in (Tensor, torch.nn.Parameter) and value.device.type == "cpu"
+    if plain and not torch.is_grad_enabled():
+        with contextlib.suppress(RuntimeError):  # under a mode that only follows shapes
+            return value.item()
+    return value.double().reshape(())
+
+
+def with_numbers(group: Group, number: Callable[[Tensor], Any] = as_number) -> Group:
+    """Return a group whose options are numbers where they were tensors of one element."""
+    found = {name: number(value) for name, value in group.items() if isinstance(value, Tensor)}
+    betas = group.get("betas", ())
+    if any(isinstance(beta, Tensor) for beta in betas):
+        found["betas"] = tuple(number(b) if isinstance(b, Tensor) else b for b in betas)
+    return {**group, **found} if found else group
 
 
 def check_options(group: Group) -> None:
     """Refuse what no method can work with; NaN fails every comparison below."""
     check_types(group)
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    require(bool(0.0 <= lr < math.inf), "learning rate", lr)
+    require(0.0 <= group["lr"] < math.inf, "learning rate", group["lr"])
     require(0.0 <= group["weight_decay"] < math.inf, "weight_decay value", group["weight_decay"])
     if "eps" in group:
         require(0.0 <= group["eps"] < math.inf, "epsilon value", group["eps"])
     for i, beta in enumerate(group.get("betas", ())):
         require(0.0 <= beta < 1.0, f"beta parameter at index {i}", beta)
+    check_way(group)
+
+
+def check_way(group: Group) -> None:
+    """Refuse ways to run a step that do not exist."""
     if group["foreach"]:
         raise RuntimeError("foreach=True is not supported: leave it out")
     if group["fused"] and group["differentiable"]:
@@ -355,9 +388,29 @@ def mix(bits: Any) -> Any:
     return bits ^ (bits >> 16)
 
 
+def hash_words(*words: Any) -> Any:
+    """Hash 32-bit words, numbers or integer tensors, to 64 bits; each word changes all of them."""
+    low = high = 0
+    for word in words:
+        low = mix(low ^ (word & 0xFFFFFFFF))
+        high = mix((high + low) & 0xFFFFFFFF)
+    return high << 32 | low
+
+
 def noise_seed(seed: int, step: Any, index: Any) -> Any:
     """Return what the noise of one parameter at one step starts from."""
-    return mix(mix(((seed ^ (seed >> 32)) + step) & 0xFFFFFFFF) ^ index)
+    return hash_words(seed, seed >> 32, step, index, index >> 32)
+
+
+seeded: Counter[int] = Counter()  # for each seed of torch, how many groups have taken theirs
+
+
+def seed_rounding(group: Group) -> None:
+    """Give a group that rounds stochastically a seed of its own, unless it has one."""
+    if group["stochastic_rounding"] and "rounding_seed" not in group:
+        seed = torch.initial_seed()
+        seeded[seed] += 1
+        group["rounding_seed"] = hash_words(seed, seed >> 32, seeded[seed])
 
 
 def part_number(tensor: Tensor) -> int:
@@ -366,7 +419,7 @@ def part_number(tensor: Tensor) -> int:
         return 0
     from agrlib.distributed import shard_number
 
-    return shard_number(tensor) << 16
+    return shard_number(tensor) << 32
 
 
 def round_stochastically(value: Tensor, seed: Any, first: int = 0) -> Tensor:
@@ -379,7 +432,7 @@ def round_stochastically(value: Tensor, seed: Any, first: int = 0) -> Tensor:
 
         return map_part(functools.partial(round_stochastically, seed=seed), value)
     place = torch.arange(first, first + value.numel(), device=value.device).reshape(value.shape)
-    noise = (mix((seed ^ place) & 0xFFFFFFFF) & 0xFFFF).to(torch.int32)
+    noise = (mix((place * (seed >> 32 | 1) + seed) & 0xFFFFFFFF) & 0xFFFF).to(torch.int32)
     rounded = ((value.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
@@ -526,9 +579,11 @@ class RecordedOptimizer(Optimizer):
                 group.setdefault(key, value)  # a checkpoint of torch.optim lacks some keys
             for param in group["params"]:
                 if "step" in self.state.get(param, {}):
-                    step = torch.as_tensor(self.state[param]["step"], dtype=torch.float32)
-                    home = param.device if group["capturable"] else "cpu"
-                    self.state[param]["step"] = step.to(home, copy=True)
+                    step, home = self.state[param]["step"], "cpu"
+                    if not isinstance(step, Tensor):
+                        step = torch.tensor(step, device=home)
+                    home = param.device if group["capturable"] else home
+                    self.state[param]["step"] = step.to(home, torch.float32, copy=True)
 
 
 class GradientMethod(RecordedOptimizer):
@@ -561,7 +616,8 @@ class GradientMethod(RecordedOptimizer):
         differentiable: let autograd record the step.
         state_dtype: floating-point type of the state; None takes the parameter's.
         stochastic_rounding: round bfloat16 parameters stochastically, reproducibly from torch's
-            seed at construction, the parameter's step and its index.
+            seed at construction, the number of groups seeded from it before, the parameter's step
+            and its index. A group may hold a `rounding_seed` of its own.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN, infinite or out of range.
@@ -624,22 +680,29 @@ class GradientMethod(RecordedOptimizer):
         return any(group["fused"] for group in self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters; its options are checked as the constructor's are."""
-        if isinstance(param_group, dict):
-            param_group = {**self.defaults, **param_group}
-            param_group["transforms"] = Chain.of(param_group["transforms"])
-            self.check(param_group)
-            if param_group["stochastic_rounding"]:  # seeded now, whatever is drawn before a step
-                param_group.setdefault("rounding_seed", torch.initial_seed())
-        super().add_param_group(param_group)
-        if self.param_groups[-1]["fused"]:
-            from agrlib.kernels import refuse_devices
+        """Add a group of parameters; its options are checked as the constructor's are.
 
-            try:
-                refuse_devices(self.param_groups[-1]["params"])
-            except RuntimeError:
-                self.param_groups.pop()
-                raise
+        As in torch.optim, the dictionary becomes the group: what it lacks is filled in. One that is
+        refused stays as it was.
+        """
+        given, before = param_group, len(self.param_groups)
+        kept = dict(given) if isinstance(given, dict) else {}
+        try:
+            if isinstance(given, dict):
+                group = {**self.defaults, **given}
+                given["transforms"] = group["transforms"] = Chain.of(group["transforms"])
+                self.check(group)
+            super().add_param_group(given)
+            if given["fused"]:
+                from agrlib.kernels import refuse_devices
+
+                refuse_devices(given["params"])
+        except BaseException:
+            del self.param_groups[before:]
+            if isinstance(given, dict):
+                given.clear(), given.update(kept)
+            raise
+        seed_rounding(given)  # now, whatever is drawn before a step
 
     def check(self, group: Group) -> None:
         """Raise ValueError or RuntimeError for options that this method cannot work with."""
@@ -690,20 +753,30 @@ class GradientMethod(RecordedOptimizer):
             if plan is not None:
                 plan.run(grads, shaped)
             for group, _, members in rest:
+                options = with_numbers(group)
                 for i in members:
                     if plan is None or i not in plan.compiled:
-                        self._update(group, params[i], shaped[i], i)
+                        self._update(options, params[i], shaped[i], i)
         return loss
 
     def _check_group(self, group: Group) -> None:
         """Refuse options that were spoiled since they were given."""
         group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
-        if group["fused"] or group["foreach"]:
-            check_options(group)
-        check_types(group)
-        self.update_rule(group), self.scalars(group, 1.0, 1)  # the method's own options fail here
-        if group["stochastic_rounding"]:
-            group.setdefault("rounding_seed", torch.initial_seed())
+        check_way(group), check_types(group)
+        if any(param.grad is not None for param in group["params"]):
+            self._try_options(with_numbers(group))
+        seed_rounding(group)
+
+    def _try_options(self, group: Group) -> None:
+        """Let the method's own options fail before anything is written."""
+        self.update_rule(group)
+        try:
+            self.scalars(group, 1.0, 1)
+        except ZeroDivisionError as error:
+            betas = group.get("betas", ())
+            if 1 not in betas:
+                raise
+            raise ZeroDivisionError(f"a beta of 1 has no bias correction: betas={betas}") from error
 
     def _plan_step(self, params: list[Tensor], grads: list[Tensor | None]) -> Any:
         """Return the part of compiled kernels in this step; None leaves all to the eager way."""
@@ -772,8 +845,7 @@ class GradientMethod(RecordedOptimizer):
             for key in keys
         ]
         count, step = self._next_step(group, param, state, keys)
-        lr = group["lr"].double().reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-
+        lr = group["lr"]
         scalars, seed, first = self.scalars(group, lr, step), None, 0
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
             assert count is not None
@@ -829,9 +901,11 @@ class GradientMethod(RecordedOptimizer):
 
     def _first_state(self, group: Group, param: Tensor, key: str) -> Tensor:
         """Make a state tensor; torch fills both parts of a complex one."""
-        value = self.initial_value(group, key)
+        value, dtype = float(self.initial_value(group, key)), state_dtype(group, param)
+        if value == 0:  # which more classes of tensors have
+            return torch.zeros_like(param, dtype=dtype)
         filling = complex(value, value) if param.is_complex() else value
-        return torch.full_like(param, filling, dtype=state_dtype(group, param))
+        return torch.full_like(param, filling, dtype=dtype)
 
     def _next_step(
         self, group: Group, param: Tensor, state: Group, keys: tuple[str, ...]
@@ -844,7 +918,7 @@ class GradientMethod(RecordedOptimizer):
             count = state.get("step", first) + 1
         if count is None or not self.counts_steps:  # torch's SGD: the first step has no buffer
             return count, 1 if any(state.get(key) is None for key in keys) else 2
-        return count, count.double() if group["capturable"] else count.item()
+        return count, count.double() if group["capturable"] else as_number(count)
 
 
 class Attachment:

@@ -122,6 +122,12 @@ def members(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
+def seed(number: int) -> None:
+    """Seed as in a process of its own: every group that rounds takes the next number."""
+    torch.manual_seed(number)
+    agrlib.optimizer.seeded.clear()
+
+
 def feed(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
     for param, grad in zip(params, grads, strict=True):
         param.grad = None if grad is None else grad.clone()

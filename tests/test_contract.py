@@ -1,14 +1,18 @@
 """What torch's own optimizers are tested for, run through the list in contract.py."""
 
+import collections
 import copy
+import decimal
 import functools
 import math
+import operator
 import pickle
 import re
 
 import oracle
 import pytest
 import torch
+import torch.utils._pytree
 from contract import (
     OPTIMIZERS,
     SHAPES,
@@ -23,14 +27,17 @@ from contract import (
     parameters,
     run,
     same,
+    seed,
     step,
     train,
     twins,
     two_groups,
 )
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import agrlib
 from agrlib import GradientMethod
+from agrlib.optimizer import noise_seed, round_stochastically
 
 HALF = [torch.bfloat16, torch.float16]
 NAN, INF = math.nan, math.inf
@@ -116,6 +123,7 @@ def test_malformed_options_are_refused(entry):
 
     refused(TypeError, "no_such_option", no_such_option=1)
     refused(ValueError, "Tensor lr must be 1-element", lr=torch.tensor([0.1, 0.2]))
+    refused(ValueError, "Tensor weight_decay must be 1-element", weight_decay=torch.zeros(2))
     refused(ValueError, "Invalid state_dtype", state_dtype=torch.int32)
     refused(ValueError, "Invalid state_dtype", state_dtype="float32")
     refused(RuntimeError, "exclude each other", fused=True, differentiable=True)
@@ -204,6 +212,46 @@ def test_options_spoiled_later_are_noticed_before_anything_is_written(entry):
 
 
 @every
+def test_a_beta_of_one_is_refused_once_there_is_a_gradient(entry):
+    """As in torch: a scheduler of momentum may put it there."""
+    if "betas" not in entry.kwargs or not entry.kwargs.get("bias_correction", True):
+        return
+    for fused in (None, True) if entry.name in ("Adam", "Padam") else (None,):
+        params = parameters()[:2]
+        made = two_groups(entry, params, fused=fused)
+        for group in made.param_groups:
+            group["betas"] = (1.0, *group["betas"][1:])
+        made.step()
+        assert not made.state
+        feed(params, gradients(params)[0])
+        before = content(made)
+        for beta in (1.0, torch.ones(1)):
+            made.param_groups[1]["betas"] = (beta, *entry.kwargs["betas"][1:])
+            made.param_groups[0]["betas"] = entry.kwargs["betas"]
+            with pytest.raises(ZeroDivisionError, match=r"beta of 1 .*betas="):
+                made.step()
+            assert content(made) == before
+
+
+def test_options_of_a_wrong_kind_are_named_with_their_type():
+    param = torch.nn.Parameter(torch.ones(1))
+
+    class Config(collections.UserList):
+        pass
+
+    with pytest.raises(TypeError, match=r"not \[0.9, 0.99\] of type Config"):
+        agrlib.Adam([param], betas=Config([0.9, 0.99]))
+    with pytest.raises(TypeError, match=r"lr must be a number, not .*'0.1'\) of type Decimal"):
+        agrlib.Adam([param], lr=decimal.Decimal("0.1"))
+    with pytest.raises(TypeError, match="momentum must be a number, not '9' of type str"):
+        agrlib.SGD([param], momentum="9")
+    with pytest.raises(ValueError, match="state_dtype: 'float32' of type str"):
+        agrlib.SGD([param], state_dtype="float32")
+    with pytest.raises(TypeError, match="not 'agr' of type str"):
+        agrlib.SGD([param], transforms="agr")
+
+
+@every
 def test_none_and_false_change_nothing(entry):
     reference = run(entry)[1]
     for key in ("foreach", "fused"):
@@ -275,6 +323,47 @@ def test_a_user_function_gets_a_copy_that_it_may_overwrite(entry):
 
 
 # --- groups, closures, schedulers --------------------------------------------------------------
+
+
+@twins
+def test_a_dictionary_becomes_the_group_as_in_torch(entry):
+    for cls in (entry.cls, entry.twin):
+        first, second, third = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+        groups = [dict(params=[first]), dict(params=second, lr=0.5)]
+        made = cls(groups, **entry.kwargs)
+        made.add_param_group(added := dict(params=(p for p in [third]), weight_decay=0.25))
+        groups.append(added)
+        assert all(map(operator.is_, made.param_groups, groups))
+        assert [group["lr"] for group in groups] == [entry.kwargs["lr"], 0.5, entry.kwargs["lr"]]
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.25]
+        assert groups[1]["params"] == [second] and groups[2]["params"] == [third]
+        groups[0]["lr"] = 0.25
+        assert made.param_groups[0]["lr"] == 0.25
+
+
+@every
+def test_a_refused_group_is_left_as_it_was(entry):
+    params = parameters()[:2]
+    made = entry.cls(params[:1], **entry.kwargs)
+    meta = torch.nn.Parameter(torch.ones(2, device="meta"))
+    for error, wrong in (
+        (ValueError, dict(params=params[1:], lr=-1.0)),
+        (TypeError, dict(params=params[1:], transforms=agrlib.agr)),
+        (ValueError, dict(params=params[:1])),
+        (TypeError, dict(params=[1.0])),
+        (TypeError, dict(params=set(params[1:]))),
+        (ValueError, dict(params=[2 * params[1]])),
+        (RuntimeError, dict(params=[meta], fused=True)),
+        (ValueError, dict(params=[("weight", params[1])])),
+        (KeyError, dict(lr=0.1)),
+    ):
+        given = dict(wrong)
+        with pytest.raises(error):
+            made.add_param_group(wrong)
+        assert list(wrong) == list(given) and all(wrong[key] is given[key] for key in given)
+        assert len(made.param_groups) == 1
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        made.add_param_group(params[1:])
 
 
 @every
@@ -398,6 +487,57 @@ def test_tensor_lr(entry, shape):
     close(values, train(optimizer, grads[2:]), 1e-13)
 
 
+def as_tensors(entry, shape):
+    """The entry's options, numbers as tensors of one element."""
+
+    def made(value):
+        if isinstance(value, tuple):
+            return tuple(map(made, value))
+        if isinstance(value, float):
+            return torch.full(shape, value, dtype=torch.float64)
+        return value
+
+    return {key: made(value) for key, value in entry.kwargs.items()}
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@every
+def test_options_may_be_tensors_of_one_element(entry, shape, fused):
+    if fused:
+        pytest.importorskip("numba", reason="numba has no wheel for this platform")
+    if fused and OPTIMIZERS.index(entry) % 3 != len(shape):
+        return  # which takes a second each; the shape is forgotten before the method is asked
+    ends = []
+    for kwargs in (entry.kwargs, as_tensors(entry, shape)):
+        params = parameters(torch.float32)
+        made, grads = entry.cls(params, fused=fused, **kwargs), gradients(params, 4)
+        train(made, grads[:2])
+        saved = pickle.loads(pickle.dumps(made.state_dict()))
+        other = entry.cls(params, fused=fused, **entry.kwargs)
+        other.load_state_dict(saved)
+        for key in ("lr", "weight_decay"):
+            assert bits(other.param_groups[0][key]) == bits(kwargs[key])
+        ends.append(train(other, grads[2:]))
+        assert made.param_groups[0]["lr"] is kwargs["lr"]
+    assert same(*ends)
+
+
+@every
+def test_autograd_sees_options_that_are_tensors(entry):
+    options = {k: v for k, v in as_tensors(entry, (1,)).items() if k != "initial_accumulator_value"}
+    flat = [x for v in options.values() for x in (v if isinstance(v, tuple) else [v])]
+    wanted = [x.requires_grad_() for x in flat if isinstance(x, torch.Tensor)]
+    param = parameters(shapes=[(4,)])[0].detach() * 1
+    made = entry.cls([param], differentiable=True, **options)
+    for [grad] in gradients([param], 3):
+        param.grad = grad
+        made.step()
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(param.sum(), wanted))
+    plain = entry.cls([p := parameters(shapes=[(4,)])[0]], **entry.kwargs)
+    close([param.detach()], train(plain, gradients([p], 3)), 1e-13)
+
+
 @every
 def test_tensor_lr_of_zero_dimensions_does_not_widen_the_computation(entry):
     """A double of zero dimensions promotes a zero-dimensional parameter, and no other."""
@@ -432,6 +572,61 @@ def test_capturable_keeps_step_on_the_device_and_never_waits_for_it(entry):
         assert all(v.device.type == "meta" for k, v in state.items() if k != "step")
         if entry.cls.counts_steps:
             assert state["step"].device.type == home
+
+
+@every
+def test_steps_that_only_follow_shapes(entry):
+    """What estimates memory steps optimizers of tensors without numbers; large ones have a plan."""
+    for shape in ((3, 4), (300, 300)):
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake:
+            param = torch.nn.Parameter(torch.empty(shape))
+        for more in (dict(lr=torch.tensor(0.1)), dict(transforms=[agrlib.agr, torch.sign])):
+            made = entry.cls([param], **{**entry.kwargs, **more})
+            with fake:
+                for _ in range(2):
+                    param.grad = torch.empty(shape)
+                    made.step()
+            kept = [v for k, v in made.state[param].items() if k != "step"]
+            assert all(type(v) is FakeTensor and v.shape == shape for v in kept)
+
+
+def in_other_defaults(change):
+    """Do something while torch makes tensors elsewhere, and of another type."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            return change()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+@every
+def test_torchs_defaults_change_nothing(entry, fused):
+    """Neither the device nor the type in which torch makes tensors."""
+    if fused:
+        pytest.importorskip("numba", reason="numba has no wheel for this platform")
+    if fused and entry.name not in ("SGD", "AdamW"):
+        return  # which takes seconds each, and only the rules differ
+    ends = []
+    for run_in in (lambda change: change(), in_other_defaults):
+        seed(0)
+        params = [*parameters(torch.float32, [(3, 4)]), *parameters(torch.bfloat16, [(5,)])]
+        chain = [agrlib.centralize, agrlib.agr, agrlib.clip_global_norm(1.0)]
+        more = dict(fused=fused, stochastic_rounding=True, transforms=chain)
+        made = run_in(functools.partial(entry.cls, params, **more, **entry.kwargs))
+        for t, grads in enumerate(gradients(params, 4)):
+            if t == 2:
+                saved = made.state_dict()
+                for state in saved["state"].values():
+                    if "step" in state:
+                        state["step"] = state["step"].item()  # as torch once did
+                run_in(functools.partial(made.load_state_dict, saved))
+            feed(params, grads)
+            run_in(made.step)
+        ends.append(content(made))
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("transforms", [(), (agrlib.agr,)], ids=["plain", "agr"])
@@ -604,11 +799,50 @@ def test_state_dtype(entry, state_dtype):
         close(values, run(entry, dtype)[1], 0.1)
 
 
+class Doubled(torch.Tensor):
+    """A subclass that keeps other numbers and has few functions, as quantized weights do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
+            args[0].inner.copy_(2 * args[1])
+            return args[0]
+        if func is torch.ops.aten.full_like.default or func._schema.is_mutable:
+            raise NotImplementedError(f"Doubled has no {func}")
+        halve = functools.partial(torch.utils._pytree.tree_map_only, cls, lambda t: t.inner / 2)
+        return func(*halve(args), **halve(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (300, 300)], ids=str)
+@every
+def test_classes_of_tensors_need_no_more_than_zeros_like(entry, shape):
+    kwargs = {k: v for k, v in entry.kwargs.items() if k != "initial_accumulator_value"}
+    [plain] = parameters(torch.float32, [shape])
+    doubled = torch.nn.Parameter(Doubled(2 * plain.detach()))
+    grads = gradients([plain], 2)
+    for param in (plain, doubled):
+        made = entry.cls([param], transforms=[agrlib.agr], **kwargs)
+        for [grad] in grads:
+            param.grad = grad.clone()
+            made.step()
+    close([doubled.inner / 2], [plain.detach()], 1e-6)
+    assert all(type(v) is torch.Tensor for v in made.state[doubled].values())
+
+
 # --- stochastic rounding -----------------------------------------------------------------------
 
 
-def rounded(entry, seed, shape=(4096,), **more):
-    torch.manual_seed(seed)
+def rounded(entry, number, shape=(4096,), **more):
+    seed(number)
     param = torch.nn.Parameter(torch.full(shape, -0.7, dtype=torch.bfloat16))
     kwargs = {**entry.kwargs, "lr": 1e-3, **more}
     return entry.cls([param], stochastic_rounding=True, state_dtype=torch.float32, **kwargs), param
@@ -616,7 +850,7 @@ def rounded(entry, seed, shape=(4096,), **more):
 
 @every
 def test_stochastic_rounding_is_unbiased(entry):
-    optimizer, param = rounded(entry, seed=0)
+    optimizer, param = rounded(entry, 0)
     step(optimizer, [torch.full_like(param, 0.3)])
     exact = torch.nn.Parameter(torch.full((1,), -0.7, dtype=torch.bfloat16).float())
     reference = entry.cls([exact], **{**entry.kwargs, "lr": 1e-3})
@@ -643,7 +877,7 @@ def test_stochastic_rounding_may_be_turned_on_later_and_draws_from_no_one_else(e
 @every
 def test_stochastic_rounding_differs_between_steps(entry):
     """With the same noise, those rounded up at one step would be among those of the other."""
-    optimizer, param = rounded(entry, seed=0)
+    optimizer, param = rounded(entry, 0)
     ups = []
     for _ in range(2):
         param.data.fill_(-0.7)
@@ -656,8 +890,8 @@ def test_stochastic_rounding_differs_between_steps(entry):
 
 @every
 def test_stochastic_rounding_depends_on_seed_step_and_index_alone(entry):
-    def trajectory(seed, resume=None, deep=False):
-        optimizer, param = rounded(entry, seed, (64,))
+    def trajectory(number, resume=None, deep=False):
+        optimizer, param = rounded(entry, number, (64,))
         extra = torch.nn.Parameter(param.detach().clone())
         optimizer.add_param_group(dict(params=[extra]))
         history = []
@@ -684,6 +918,66 @@ def test_stochastic_rounding_depends_on_seed_step_and_index_alone(entry):
     assert same(first, trajectory(1, deep=True))
     assert not same(first, trajectory(2))
     assert not torch.equal(first[0], first[1]), "two parameters round alike"
+
+
+def flips(made, steps=2):
+    """At each step, which entries half way between two neighbors each parameter rounds up."""
+    found = []
+    for _ in range(steps):
+        for param in members(made):
+            param.data.fill_(1)
+            param.grad = torch.full_like(param, -(2**-8))
+        made.step()
+        found += [param.detach() > 1 for param in members(made)]
+    return found
+
+
+def halves(sizes=(2**14,) * 2):
+    return [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in sizes]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+def test_stochastic_rounding_of_neighbors_is_independent(fused):
+    """Neighboring seeds, steps, parameters, groups and optimizers draw noise of their own."""
+    if fused:
+        pytest.importorskip("numba", reason="numba has no wheel for this platform")
+    more, found = dict(lr=1.0, stochastic_rounding=True, fused=fused), []
+    for number in range(3):
+        seed(number)
+        for _ in range(2):
+            first, second, third = halves((2**14,) * 3)
+            groups = [dict(params=[first, second]), dict(params=[third])]
+            found += flips(agrlib.SGD(groups, **more))
+    noise = 2.0 * torch.stack(found).double() - 1
+    count = noise.shape[1]
+    assert (noise.mean(1).abs() < 5 / count**0.5).all()
+    spectrum = torch.fft.rfft(noise)
+    for i, one in enumerate(spectrum[:-1]):  # also where one is the other, moved by any distance
+        others = torch.fft.irfft(one.conj() * spectrum[i + 1 :], n=count) / count
+        assert (others.abs() < 6.5 / count**0.5).all()
+    swapped = noise.reshape(len(noise), -1, 2).flip(2).reshape(noise.shape)
+    assert ((noise @ swapped.T).fill_diagonal_(0).abs() < 6.5 * count**0.5).all()
+
+
+def test_stochastic_rounding_permutes_no_sequence():
+    """Of 1500 steps with 8192 entries, no two draw the same numbers in another order."""
+    values = [torch.full((8192,), 1 + 2.0**-7 * k / 5) for k in range(1, 5)]
+    drawn = set()
+    for t in range(1500):
+        start = noise_seed(0, torch.tensor(t), 0)
+        ups = [round_stochastically(value, start) > 1 for value in values]
+        drawn.add(tuple(int(up.sum()) for up in ups))
+    assert len(drawn) == 1500
+
+
+@every
+def test_every_way_counts_the_steps_that_round(entry):
+    pytest.importorskip("numba", reason="numba has no wheel for this platform")
+    for fused in (False, True):
+        params = [*parameters(torch.float32, [(3,)]), *parameters(torch.bfloat16, [(3,)])]
+        made = entry.cls(params, fused=fused, stochastic_rounding=True, **entry.kwargs)
+        train(made, gradients(params, 3))
+        assert [made.state[param]["step"].item() for param in params] == [3.0, 3.0]
 
 
 @every
@@ -927,6 +1221,7 @@ KINDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.complex64: 1e-6, torch
 def test_a_large_tensor_in_parts_is_updated_like_a_whole_one(entry, kind, monkeypatch):
     results = []
     for part in (1000, 10**9):
+        seed(0)
         monkeypatch.setattr(agrlib.optimizer, "PART", part)
         params = parameters(kind, [(64, 40), (3, 5)])
         more = dict(transforms=[agrlib.agr, agrlib.clip_global_norm(0.5)], maximize=True)
