@@ -28,7 +28,9 @@ theirs = functools.partial(torch.optim.AdamW, **OPTIONS)
 class Regression(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        )
 
     def training_step(self, batch, index):
         inputs, targets = batch
