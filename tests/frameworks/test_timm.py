@@ -1,4 +1,4 @@
-"""agrlib's optimizers with timm's groups and schedules: `make frameworks` installs it and runs this.
+"""agrlib's optimizers with timm's groups and schedules: `make frameworks` runs this file.
 
 timm brings torchvision, which must not stand beside transformers: an environment of its own.
 """
@@ -6,29 +6,11 @@ timm brings torchvision, which must not stand beside transformers: an environmen
 import functools
 
 import pytest
-import torch
-
-
-def without_its_compiled_part():
-    """Declare what torchvision declares there; timm's optimizers and small models need none of it.
-
-    That part needs the libraries of the GPU, which a torch for the CPU does not bring.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-try:
-    import timm
-except RuntimeError:
-    LIBRARY = without_its_compiled_part()  # kept, as its end would take them back
-    import timm
-
+import timm
 import timm.optim
 import timm.scheduler
 import timm.utils
+import torch
 
 import agrlib
 
@@ -39,14 +21,15 @@ theirs = functools.partial(torch.optim.AdamW, **OPTIONS)
 
 
 def tiny():
+    """In double precision: Adam makes much of the rounding in gradients that should be zero."""
     torch.manual_seed(0)
     sizes = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
-    return timm.create_model("vit_tiny_patch16_224", **sizes)
+    return timm.create_model("vit_tiny_patch16_224", **sizes).double()
 
 
 def batch():
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(12, 3, 16, 16, generator=generator)
+    images = torch.randn(12, 3, 16, 16, generator=generator, dtype=torch.float64)
     return images, torch.arange(12) % 3
 
 
@@ -95,7 +78,7 @@ def trained(make, groups, **options):
 @pytest.mark.parametrize("groups", [plain, decayed, by_layer])
 def test_without_transforms_training_is_that_of_torch(groups, fused):
     expected = trained(theirs, groups)
-    assert distance(trained(functools.partial(ours, fused=fused), groups), expected) < 1e-5
+    assert distance(trained(functools.partial(ours, fused=fused), groups), expected) < 1e-9
     changed = trained(functools.partial(shaped, fused=fused), groups)
     assert distance(changed, expected) > 1e-4
 
@@ -118,7 +101,7 @@ def test_the_scaler(fused, clip):
         trained(each, decayed, scaler=timm.utils.NativeScaler("cpu"), clip=clip)
         for each in (make, theirs)
     ]
-    assert distance(*ends) < 1e-5
+    assert distance(*ends) < 1e-9
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
@@ -127,11 +110,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     train(model, optimizer, range(3))
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint")
     whole = train(model, optimizer, range(3, 6))
-    again, resumed = tiny(), None
-    states = torch.load(tmp_path / "checkpoint", weights_only=True)
-    again.load_state_dict(states[0])
+    model_state, optimizer_state = torch.load(tmp_path / "checkpoint", weights_only=True)
+    again = tiny()
+    again.load_state_dict(model_state)
     resumed = shaped(by_layer(again))
-    resumed.load_state_dict(states[1])
+    resumed.load_state_dict(optimizer_state)
     assert distance(train(again, resumed, range(3, 6)), whole) == 0.0
 
 
@@ -147,4 +130,4 @@ def test_the_lines_of_the_book():
     model = tiny()
     images, labels = batch()
     train(model, make_optimizer(model), range(8))
-    assert torch.nn.functional.cross_entropy(model(images), labels) < 0.8
+    assert torch.nn.functional.cross_entropy(model(images), labels) < 1.0  # from log 3
