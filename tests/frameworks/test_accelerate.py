@@ -42,7 +42,6 @@ def distance(first, second):
     return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
 
 
-# in the book: loop
 def train(accelerator, model, optimizer, loader):
     schedule = StepLR(optimizer, 4, gamma=0.5)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
@@ -55,9 +54,6 @@ def train(accelerator, model, optimizer, loader):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-
-
-# end
 
 
 def start(**options):
@@ -196,15 +192,11 @@ def test_two_processes(tmp_path, accumulated):
     assert distance(ends["shaped0"], ends["theirs0"]) > 1e-3
 
 
-# in the book: use
 def main():
     model = network()
     optimizer = agrlib.AdamW(model.parameters(), lr=0.05, transforms=[agrlib.agr])
     train(Accelerator(cpu=True), model, optimizer, batches())
     return model
-
-
-# end
 
 
 def test_the_lines_of_the_book():

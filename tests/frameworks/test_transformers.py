@@ -153,6 +153,19 @@ def fine_tune(model, dataset, folder):
     return trainer
 
 
+def fine_tune_with_groups(model, dataset, arguments):
+    # in the book: class
+    chosen = agrlib.AdamW, dict(lr=0.01, transforms=[agrlib.agr])
+    trainer = Trainer(model, arguments, train_dataset=dataset, optimizer_cls_and_kwargs=chosen)
+    # end
+    return trainer
+
+
 def test_the_lines_of_the_book(tmp_path):
     trainer = fine_tune(tiny(), sentences(), str(tmp_path))
     assert trainer.evaluate(sentences())["eval_loss"] < 0.8 * torch.tensor(32.0).log()
+    trainer = fine_tune_with_groups(tiny(), sentences(), arguments(tmp_path, weight_decay=0.1))
+    trainer.train()
+    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+    assert decays == [0.1, 0.0]
+    assert trainer.optimizer.param_groups[0]["transforms"] == (agrlib.agr,)
