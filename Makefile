@@ -65,15 +65,17 @@ else
 	@$(PY) -m pytest -q -m 'pages or browser'
 endif
 
-# The newest of everything, and timm apart: its torchvision must not stand beside transformers.
+# The newest of each beside the book's torch; timm apart, as its torchvision must not stand beside
+# transformers.
 .venv-frameworks/ready: FRAMEWORKS := '.[cpu,frameworks]'
 .venv-timm/ready: FRAMEWORKS := '.[cpu]' timm
-.venv-frameworks/ready .venv-timm/ready: pyproject.toml
+.venv-frameworks/ready .venv-timm/ready: pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it with make PYTHON=..."; exit 1; }
-	$(SAY) "setup: $(@D) with $(PYTHON) and the newest packages (minutes, once)"
+	$(SAY) "setup: $(@D) with $(PYTHON) and the newest frameworks (minutes, once)"
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pytest -e $(FRAMEWORKS)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$$(grep '^torch==' constraints.txt) pytest -e $(FRAMEWORKS)
 	@touch $@
 
 frameworks: .venv-frameworks/ready .venv-timm/ready
