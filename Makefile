@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := book
-.PHONY: setup export notebooks check test mutants book pages clean
+.PHONY: setup export notebooks check test frameworks mutants book pages clean
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -64,6 +64,25 @@ ifeq ($(CHROMIUM),)
 else
 	@$(PY) -m pytest -q -m 'pages or browser'
 endif
+
+# The newest of each beside the book's torch; timm apart, as its torchvision must not stand beside
+# transformers.
+.venv-frameworks/ready: FRAMEWORKS := '.[cpu,frameworks]'
+.venv-timm/ready: FRAMEWORKS := '.[cpu]' timm
+.venv-frameworks/ready .venv-timm/ready: pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it with make PYTHON=..."; exit 1; }
+	$(SAY) "setup: $(@D) with $(PYTHON) and the newest frameworks (minutes, once)"
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$$(grep '^torch==' constraints.txt) pytest -e $(FRAMEWORKS)
+	@touch $@
+
+frameworks: .venv-frameworks/ready .venv-timm/ready
+	$(SAY) "pytest: Lightning, accelerate, transformers, peft"
+	@.venv-frameworks/bin/python -m pytest -q --ignore tests/frameworks/test_timm.py tests/frameworks
+	$(SAY) "pytest: timm"
+	@.venv-timm/bin/python -m pytest -q tests/frameworks/test_timm.py
 
 mutants: setup
 	@$(PY) tools/mutants.py

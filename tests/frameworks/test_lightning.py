@@ -24,11 +24,12 @@ shaped = functools.partial(ours, transforms=[agrlib.agr])
 theirs = functools.partial(torch.optim.AdamW, **OPTIONS)
 
 
-# in the book: module
 class Regression(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        )
 
     def training_step(self, batch, index):
         inputs, targets = batch
@@ -36,9 +37,6 @@ class Regression(L.LightningModule):
 
     def configure_optimizers(self):
         return agrlib.AdamW(self.parameters(), lr=0.05, transforms=[agrlib.agr])
-
-
-# end
 
 
 class Chosen(Regression):
@@ -243,15 +241,11 @@ def test_fabric(precision):
     assert distance(*ends) < 1e-6
 
 
-# in the book: run
 def train():
     model = Regression()
     options = dict(precision="bf16-mixed", gradient_clip_val=1.0)
     L.Trainer(max_epochs=5, accelerator="cpu", **options).fit(model, batches())
     return model
-
-
-# end
 
 
 def test_the_lines_of_the_book(tmp_path, monkeypatch):
