@@ -883,12 +883,14 @@ def compile_numba(function: Any, call: Callable[[], Any]) -> None:
     kept = function.stats.cache_path is not None
     try:
         call()
-    except Exception:  # of a file; or the disk is full, and the function is there nevertheless
+    except Exception as error:  # of a file; or the disk is full, and the function is there
         if not kept:
             raise
         with contextlib.suppress(OSError):
             discard(function)
         call()
+        if isinstance(error, OSError):
+            return warn_of_cache(error)
     if kept and function.stats.cache_misses:
         try:
             write_down(function)
@@ -1872,7 +1874,8 @@ class GPUBatch(Batch):
         self.aligned = self.placed = False
         self.spare: Tensor | None = None
         self.recorded: list[Tensor] = []
-        first_call(self.kernels, self.compile)
+        if self.device.type == "cuda" or interpreting():
+            first_call(self.kernels, self.compile)
 
     def compile(self) -> None:
         """Launch all kernels as in a step that a gradient scaler calls off: nothing is written."""
