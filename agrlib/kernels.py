@@ -810,12 +810,12 @@ def write_down(function: Any) -> None:
 
 
 def warn_of_cache(error: Exception) -> None:
-    """Say that nothing can be kept."""
+    """Say that nothing can be kept; what fails after that in the same place has the same cause."""
     place = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    warn_once(
-        f"kernels are compiled anew in every process, because {place}/agrlib cannot be used "
-        f"({told(error)}): set XDG_CACHE_HOME to a folder that you, and only you, can write to"
-    )
+    what = f"kernels are compiled anew in every process, because {place}/agrlib cannot be used"
+    if not any(cause.startswith(what) for cause in WARNED):
+        remedy = "set XDG_CACHE_HOME to a folder that you, and only you, can write to"
+        warn_once(f"{what} ({told(error)}): {remedy}")
 
 
 def execute(text: str, name: str, path: str) -> types.ModuleType:
