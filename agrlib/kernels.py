@@ -850,13 +850,17 @@ def load_kept(text: str, stem: str) -> types.ModuleType:
 @functools.cache
 def load(text: str, stem: str) -> types.ModuleType:
     """Return a generated source as a module; where the disk refuses, one that keeps nothing."""
+    refusal = None
     if "cache=True" in text:
         try:
             return load_kept(text, stem)
         except Exception as error:  # no home, a folder of others, a full disk, a path too long
-            warn_of_cache(error)
+            refusal = error
     name = f"{stem}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    return execute(text.replace("cache=True", "cache=False"), name, f"<agrlib {name}>")
+    module = execute(text.replace("cache=True", "cache=False"), name, f"<agrlib {name}>")
+    if refusal is not None:  # by the disk: without it all is well
+        warn_of_cache(refusal)
+    return module
 
 
 FAILED: dict[Any, str] = {}  # functions that cannot be compiled; a second attempt would be as slow
