@@ -937,12 +937,12 @@ def write_down(function: Any) -> None:
 
 
 def warn_of_cache(error: Exception) -> None:
-    """Say that nothing can be kept."""
+    """Say that nothing can be kept; what fails after that in the same place has the same cause."""
     place = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    warn_once(
-        f"kernels are compiled anew in every process, because {place}/agrlib cannot be used "
-        f"({told(error)}): set XDG_CACHE_HOME to a folder that you, and only you, can write to"
-    )
+    what = f"kernels are compiled anew in every process, because {place}/agrlib cannot be used"
+    if not any(cause.startswith(what) for cause in WARNED):
+        remedy = "set XDG_CACHE_HOME to a folder that you, and only you, can write to"
+        warn_once(f"{what} ({told(error)}): {remedy}")
 
 
 def execute(text: str, name: str, path: str) -> types.ModuleType:
@@ -977,13 +977,17 @@ def load_kept(text: str, stem: str) -> types.ModuleType:
 @functools.cache
 def load(text: str, stem: str) -> types.ModuleType:
     """Return a generated source as a module; where the disk refuses, one that keeps nothing."""
+    refusal = None
     if "cache=True" in text:
         try:
             return load_kept(text, stem)
         except Exception as error:  # no home, a folder of others, a full disk, a path too long
-            warn_of_cache(error)
+            refusal = error
     name = f"{stem}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    return execute(text.replace("cache=True", "cache=False"), name, f"<agrlib {name}>")
+    module = execute(text.replace("cache=True", "cache=False"), name, f"<agrlib {name}>")
+    if refusal is not None:  # by the disk: without it all is well
+        warn_of_cache(refusal)
+    return module
 
 
 FAILED: dict[Any, str] = {}  # functions that cannot be compiled; a second attempt would be as slow
@@ -1010,12 +1014,14 @@ def compile_numba(function: Any, call: Callable[[], Any]) -> None:
     kept = function.stats.cache_path is not None
     try:
         call()
-    except Exception:  # of a file; or the disk is full, and the function is there nevertheless
+    except Exception as error:  # of a file; or the disk is full, and the function is there
         if not kept:
             raise
         with contextlib.suppress(OSError):
             discard(function)
         call()
+        if isinstance(error, OSError):
+            return warn_of_cache(error)
     if kept and function.stats.cache_misses:
         try:
             write_down(function)
@@ -2050,7 +2056,8 @@ class GPUBatch(Batch):
         self.aligned = self.placed = False
         self.spare: Tensor | None = None
         self.recorded: list[Tensor] = []
-        first_call(self.kernels, self.compile)
+        if self.device.type == "cuda" or interpreting():
+            first_call(self.kernels, self.compile)
 
     def compile(self) -> None:
         """Launch all kernels as in a step that a gradient scaler calls off: nothing is written."""
