@@ -7,6 +7,7 @@ Derived in the chapter "The anatomy of an optimizer"; the interface is that of t
 import functools
 import inspect
 import math
+import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
@@ -88,8 +89,8 @@ class Transform:
 
     and without a sum ``grad -> apply(grad, *constants)``. The three functions hold plain arithmetic
     (sums, products, quotients, sqrt, abs, maximum, where) and no number literals. A total covers
-    the tensors that the optimizer holds: whole ones under DDP and FSDP2, under FSDP1 only the part
-    of one process.
+    the tensors that the optimizer holds: whole ones under DDP and FSDP2, but only what one process
+    has under FSDP1, DeepSpeed's ZeRO and in a pipeline.
 
     Args:
         apply: ``(grad, total) -> grad``, elementwise; without a sum ``(grad, *constants) -> grad``.
@@ -546,7 +547,8 @@ class GradientMethod(RecordedOptimizer):
     Raises:
         ValueError: a hyperparameter is negative, NaN, infinite or out of range.
         TypeError: a transform is not callable, or `transforms` is not a list.
-        RuntimeError: `foreach=True` is asked for, or `fused=True` where no kernel can be made.
+        RuntimeError: `foreach=True` is asked for, or `fused=True` where no kernel can be made, or a
+            transform over all tensors within a ZeroRedundancyOptimizer.
 
     Example:
         >>> class SignDescent(GradientMethod):
@@ -570,6 +572,7 @@ class GradientMethod(RecordedOptimizer):
     number_of_betas = 2
     weight_decay_acts_on = "gradient"
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves the unscaling to the step
+    _made_by_zero = False
 
     def __init__(
         self,
@@ -597,6 +600,10 @@ class GradientMethod(RecordedOptimizer):
         )
         if self.weight_decay_acts_on not in ("gradient", "parameter", "rule"):
             raise ValueError(f"Invalid weight_decay_acts_on: {self.weight_decay_acts_on!r}")
+        if "torch.distributed.optim.zero_redundancy_optimizer" in sys.modules:
+            from agrlib.distributed import made_by_zero
+
+            self._made_by_zero = made_by_zero()
         super().__init__(params, {**defaults, **shared})
 
     def add_param_group(self, param_group: Group) -> None:
@@ -604,6 +611,7 @@ class GradientMethod(RecordedOptimizer):
         if isinstance(param_group, dict):
             param_group = {**self.defaults, **param_group}
             param_group["transforms"] = Chain.of(param_group["transforms"])
+            self._check_reach(param_group["transforms"])
             self.check(param_group)
             if param_group["stochastic_rounding"]:  # seeded now, whatever is drawn before a step
                 param_group.setdefault("rounding_seed", torch.initial_seed())
@@ -671,9 +679,20 @@ class GradientMethod(RecordedOptimizer):
                         self._update(group, params[i], shaped[i], i)
         return loss
 
+    def _check_reach(self, chain: Chain) -> None:
+        """Refuse totals over all tensors where other processes hold some of them."""
+        reaching = [f for f in chain if getattr(f, "over", None) == "all"]
+        if self._made_by_zero and reaching:
+            raise RuntimeError(
+                f"{reaching[0]} sums over all tensors, of which ZeroRedundancyOptimizer gives each "
+                "process some: leave transforms out and call agrlib.attach(optimizer, transforms) "
+                "on the ZeroRedundancyOptimizer"
+            )
+
     def _check_group(self, group: Group) -> None:
         """Refuse options that were spoiled since they were given."""
         group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
+        self._check_reach(group["transforms"])
         if group["fused"] or group["foreach"]:
             check_options(group)
         check_types(group)
