@@ -106,6 +106,8 @@ def clip_global_norm(bound: float) -> Transform:
     ``g <- g * min(1, bound / (norm + 1e-6))``, where the norm covers every tensor of the optimizer
     whose chain holds this transform, at its place in the chain. The form, also for norms that are
     not finite, is that of ``torch.nn.utils.clip_grad_norm_`` with ``error_if_nonfinite=False``.
+    Where an optimizer holds only some tensors of the model, under ZeRO, FSDP1 or in a pipeline, it
+    is not the norm of the model: see the chapter "Sums over shards".
 
     Args:
         bound: the largest joint norm, at least 0, in units of the gradient.

@@ -4,6 +4,8 @@
 Derived in the chapter "Sums over shards".
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -111,3 +113,16 @@ def add_totals(places: dict[ProcessGroup, Tensor], totals: Sequence[Tensor]) -> 
         whole[place] = sent
     for vector, part in zip(totals, whole.split([len(v) for v in totals]), strict=True):
         vector.copy_(part)
+
+
+def made_by_zero() -> bool:
+    """Whether a ZeroRedundancyOptimizer is making the optimizer of one process of several."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    cls = getattr(module, "ZeroRedundancyOptimizer", None)
+    code = getattr(getattr(cls, "_init_local_optimizer", None), "__code__", None)
+    frame = inspect.currentframe()
+    while frame is not None and code is not None:
+        if frame.f_code is code:
+            return bool(frame.f_locals["self"].world_size > 1)
+        frame = frame.f_back
+    return False

@@ -2241,6 +2241,9 @@ def rounds_of(batches: Iterable["Batch"]) -> list[list[tuple["Batch", int]]]:
     return rounds
 
 
+DECLARED = attrgetter("apply", "over", "summand", "finish", "constants", "smallest")
+
+
 class Plan:
     """How a step of an optimizer is split: batches for kernels, and parts for the eager way.
 
@@ -2267,9 +2270,11 @@ class Plan:
         self.recipes, self.fast = self.sort(grads)
         self.pending: list[tuple[Tensor, str, Tensor]] = []
         self.batches = self.make_batches(grads)
-        sources = {f for batch in self.batches for f in named(batch.program).values()}
-        self.sources = [(f, f.__code__, meanings(f)) for f in sources]
-        self.declared = [(f, f._identity()) for batch in self.batches for f in batch.chain]
+        self.sources = [f for batch in self.batches for f in named(batch.program).values()]
+        self.codes = list(map(attrgetter("__code__"), self.sources))
+        self.names = [(f, name, known) for f in self.sources for name, known in meanings(f)]
+        self.chained = [f for batch in self.batches for f in batch.chain]
+        self.declared = list(map(DECLARED, self.chained))
         together = [batch for batch in self.batches if batch.whole and needs_others(batch)]
         self.alone = [batch for batch in self.batches if batch not in together]
         self.rounds = rounds_of(together)
@@ -2438,9 +2443,10 @@ class Plan:
 
     def means_the_same(self) -> bool:
         """Whether the functions that the kernels were made from still are what they were."""
-        return all(function._identity() == known for function, known in self.declared) and all(
-            function.__code__ is code and all(meaning(function, n) is known for n, known in names)
-            for function, code, names in self.sources
+        return (
+            all(map(is_, map(attrgetter("__code__"), self.sources), self.codes))
+            and all(meaning(function, name) is known for function, name, known in self.names)
+            and list(map(DECLARED, self.chained)) == self.declared
         )
 
     def has_power(self, group: Group, recipe: Recipe | None) -> bool:

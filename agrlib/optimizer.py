@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import math
+import sys
 import types
 import warnings
 from collections import Counter
@@ -93,8 +94,8 @@ class Transform:
 
     and without a sum ``grad -> apply(grad, *constants)``. The three functions hold plain arithmetic
     (sums, products, quotients, sqrt, abs, maximum, where) and no number literals. A total covers
-    the tensors that the optimizer holds: whole ones under DDP and FSDP2, under FSDP1 only the part
-    of one process.
+    the tensors that the optimizer holds: whole ones under DDP and FSDP2, but only what one process
+    has under FSDP1, DeepSpeed's ZeRO and in a pipeline.
 
     Args:
         apply: ``(grad, total) -> grad``, elementwise; without a sum ``(grad, *constants) -> grad``.
@@ -622,7 +623,8 @@ class GradientMethod(RecordedOptimizer):
     Raises:
         ValueError: a hyperparameter is negative, NaN, infinite or out of range.
         TypeError: a transform is not callable, or `transforms` is not a list.
-        RuntimeError: `foreach=True` is asked for, or `fused=True` where no kernel can be made.
+        RuntimeError: `foreach=True` is asked for, or `fused=True` where no kernel can be made, or a
+            transform over all tensors within a ZeroRedundancyOptimizer.
 
     Example:
         >>> class SignDescent(GradientMethod):
@@ -645,6 +647,7 @@ class GradientMethod(RecordedOptimizer):
     counts_steps = True
     number_of_betas = 2
     weight_decay_acts_on = "gradient"
+    _made_by_zero = False
 
     def __init__(
         self,
@@ -672,6 +675,10 @@ class GradientMethod(RecordedOptimizer):
         )
         if self.weight_decay_acts_on not in ("gradient", "parameter", "rule"):
             raise ValueError(f"Invalid weight_decay_acts_on: {self.weight_decay_acts_on!r}")
+        if "torch.distributed.optim.zero_redundancy_optimizer" in sys.modules:
+            from agrlib.distributed import made_by_zero
+
+            self._made_by_zero = made_by_zero()
         super().__init__(params, {**defaults, **shared})
 
     @property
@@ -691,6 +698,7 @@ class GradientMethod(RecordedOptimizer):
             if isinstance(given, dict):
                 group = {**self.defaults, **given}
                 given["transforms"] = group["transforms"] = Chain.of(group["transforms"])
+                self._check_reach(group["transforms"])
                 self.check(group)
             super().add_param_group(given)
             if given["fused"]:
@@ -759,9 +767,20 @@ class GradientMethod(RecordedOptimizer):
                         self._update(options, params[i], shaped[i], i)
         return loss
 
+    def _check_reach(self, chain: Chain) -> None:
+        """Refuse totals over all tensors where other processes hold some of them."""
+        reaching = [f for f in chain if getattr(f, "over", None) == "all"]
+        if self._made_by_zero and reaching:
+            raise RuntimeError(
+                f"{reaching[0]} sums over all tensors, of which ZeroRedundancyOptimizer gives each "
+                "process some: leave transforms out and call agrlib.attach(optimizer, transforms) "
+                "on the ZeroRedundancyOptimizer"
+            )
+
     def _check_group(self, group: Group) -> None:
         """Refuse options that were spoiled since they were given."""
         group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
+        self._check_reach(group["transforms"])
         check_way(group), check_types(group)
         if any(param.grad is not None for param in group["params"]):
             self._try_options(with_numbers(group))

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -259,6 +260,32 @@ def data_parallel(fused):
     return measured(model, method, expected, *batch)
 
 
+def zero(fused):
+    """Whole tensors, some on each process: what is summed over all of them is refused within."""
+    chain, refused = CHAINS["agr-global"], []
+    model = nn.parallel.DistributedDataParallel(network())
+    batch = share(dist.get_world_size(), dist.get_rank())
+    within = dict(params=model.parameters(), optimizer_class=agrlib.AdamW, fused=fused, **OPTIONS)
+    method = ZeroRedundancyOptimizer(transforms=CHAINS["agr"], **within)
+    train(model, method, *batch)
+    errors = [distance(model, alone(network, "AdamW", CHAINS["agr"]))]
+    for group in method.param_groups:
+        group["transforms"] = chain
+    within["params"] = list(model.parameters())
+    for late in (lambda: ZeroRedundancyOptimizer(transforms=chain, **within), method.step):
+        try:
+            late()
+        except RuntimeError as error:
+            refused.append(str(error))
+    errors.append(distance(model, alone(network, "AdamW", CHAINS["agr"])))
+    model = nn.parallel.DistributedDataParallel(network())
+    method = ZeroRedundancyOptimizer(**{**within, "params": model.parameters()})
+    agrlib.attach(method, chain)
+    train(model, method, *batch)
+    errors.append(distance(model, alone(network, "AdamW", chain)))
+    return dict(error=max(errors), refused=refused)
+
+
 def attached(mesh):
     """A torch optimizer that sees the transformed DTensors."""
     ends = []
@@ -423,6 +450,7 @@ def checks(world: int, folder: Path):
         for fused in (True, False, None):
             yield f"sp {fused}", each(sequence_parallel, line, fused)
         for fused in (True, False):
+            yield f"zero {fused}", each(zero, fused)
             yield f"ddp {fused}", each(data_parallel, fused)
             yield f"overflow {fused}", each(overflow, line, fused)
             yield f"rounded {fused}", each(rounded, line, fused)

@@ -212,6 +212,15 @@ def test_data_parallel(found, fused):
     assert_equal_to_one_process(found(2, f"ddp {fused}"), kernels_of(fused), 0)
 
 
+@either
+def test_optimizers_of_some_of_the_tensors(found, fused):
+    results = found(2, f"zero {fused}")
+    assert_equal_to_one_process(results)
+    for result in results:
+        assert len(result["refused"]) == 2
+        assert all("of which ZeroRedundancyOptimizer" in text for text in result["refused"])
+
+
 def test_a_partial_total_is_only_local_for_item(found):
     for result in found(2, "wrong totals"):
         assert result["item"] == 3.0 and result["full"] == 6.0
