@@ -200,7 +200,7 @@ class Transform:
             whole = torch.stack([gathered(part).to(sums[0].device) for part in sums]).sum()
             sums = [whole.to(part.device) for part in sums]
         sums = [
-            total.to(value.dtype if total.is_complex() else value.dtype.to_real())
+            total.to(value.dtype if total.is_complex() else value.real.dtype)
             for total, value in zip(sums, values, strict=True)
         ]
         if self.finish is None:
@@ -507,6 +507,20 @@ def refuse_mismatch(i: int, group: Group, saved: Group, state: dict[int, Any]) -
                 )
 
 
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch.compile calls as it is."""
+    outside = torch.compiler.disable(function)
+    vars(outside).pop("_torchdynamo_orig_callable", None)  # old torch looks there past wrappers
+    outside.outside_graphs = True
+    return outside
+
+
+def keep_step_outside_graphs(cls: type[Optimizer]) -> None:
+    """Let torch.compile call the step of a class, with torch's hooks around it, as it is."""
+    if not hasattr(cls.step, "outside_graphs"):
+        cls.step = outside_graphs(cls.step)  # type: ignore[method-assign]
+
+
 class RecordedOptimizer(Optimizer):
     """A torch optimizer whose checkpoints record the gradient transforms of each group."""
 
@@ -570,6 +584,7 @@ class RecordedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = self.__dict__.get("param_groups", state["param_groups"])
         super().__setstate__(state)
+        keep_step_outside_graphs(type(self))
         for group, old in zip(self.param_groups, own, strict=True):
             group.pop("decoupled_weight_decay", None)  # the class says it
             for key, value in old.items():
@@ -671,6 +686,7 @@ class GradientMethod(RecordedOptimizer):
         if self.weight_decay_acts_on not in ("gradient", "parameter", "rule"):
             raise ValueError(f"Invalid weight_decay_acts_on: {self.weight_decay_acts_on!r}")
         super().__init__(params, {**defaults, **shared})
+        keep_step_outside_graphs(type(self))
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; its options are checked as the constructor's are.
@@ -774,7 +790,7 @@ class GradientMethod(RecordedOptimizer):
     def _plan_step(self, params: list[Tensor], grads: list[Tensor | None]) -> Any:
         """Return the part of compiled kernels in this step; None leaves all to the eager way."""
         ways = {group["fused"] for group in self.param_groups}
-        if ways <= {False} or self.defaults["differentiable"] or torch.compiler.is_compiling():
+        if ways <= {False} or self.defaults["differentiable"]:
             return None
         planned = "_plan" in self.__dict__
         small = not planned and sum(p.numel() for p in params) < WORTH_COMPILING
@@ -935,6 +951,7 @@ class Attachment:
 
         step.attachment = self  # type: ignore[attr-defined]
         self._before = optimizer.__dict__.get("step")
+        step = outside_graphs(step)
         self._step_method = types.MethodType(step, optimizer)  # schedulers wrap bound methods only
         optimizer.step = self._step_method  # type: ignore[method-assign]
 
