@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import math
+import sys
 import types
 import weakref
 from collections import Counter
@@ -21,8 +22,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 Group = dict[str, Any]
-NUMBERS = ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay", "partial")
-NUMBERS += ("initial_accumulator_value",)
+NUMBERS = (
+    *("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "partial"),
+    *("lr_decay", "initial_accumulator_value"),
+)
 WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
 PART = 2**18  # entries; parts of this size, and what is computed from them, stay in a cache
 
@@ -97,6 +100,22 @@ def dense(grad: Tensor) -> Tensor:
             "agrlib does not support sparse gradients: build the embedding with sparse=False"
         )
     return grad
+
+
+def found_at(module: str, path: str) -> Any:
+    """Return what a dotted name stands for in a module that is loaded, or None."""
+    place: Any = sys.modules.get(module)
+    for name in path.split("."):
+        place = getattr(place, name, None)
+    return place
+
+
+def meaning(function: Any) -> Any:
+    """Return what is equal for a function and for a copy of it from another process."""
+    plain = isinstance(function, types.FunctionType)
+    if plain and not (function.__closure__ or function.__defaults__ or function.__kwdefaults__):
+        return function.__module__, function.__code__
+    return function
 
 
 class Transform:
@@ -226,12 +245,20 @@ class Transform:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Any, ...]:
-        declared = (self.apply, self.over, self.summand, self.finish)
-        return (self.__name__, *declared, self.constants, self.smallest)
+        functions = map(meaning, (self.apply, self.summand, self.finish))
+        return (self.__name__, self.over, *functions, self.constants, self.smallest)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.__name__ == getattr(self.apply, "__name__", None):  # made by @transform
-            return self.__name__
+        """Pickle by name where it can be imported, else by its parts, whose names lead to it."""
+        name = getattr(self, "__qualname__", "")
+        known = found_at(self.__module__, name) is self
+        if known and (self.__module__ != "__main__" or protocol < 4):  # such a name says no part
+            return name
+        for role in ("apply", "summand", "finish") if known else ():
+            part = getattr(self, role)
+            function = isinstance(part, types.FunctionType)
+            if function and found_at(part.__module__, part.__qualname__) is not part:
+                part.__qualname__ = f"{name}.{role}"
         return super().__reduce_ex__(protocol)
 
 
@@ -709,7 +736,8 @@ class GradientMethod(RecordedOptimizer):
         except BaseException:
             del self.param_groups[before:]
             if isinstance(given, dict):
-                given.clear(), given.update(kept)
+                given.clear()
+                given.update(kept)
             raise
         seed_rounding(given)  # now, whatever is drawn before a step
 
@@ -771,7 +799,8 @@ class GradientMethod(RecordedOptimizer):
     def _check_group(self, group: Group) -> None:
         """Refuse options that were spoiled since they were given."""
         group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
-        check_way(group), check_types(group)
+        check_way(group)
+        check_types(group)
         if any(param.grad is not None for param in group["params"]):
             self._try_options(with_numbers(group))
         seed_rounding(group)
@@ -951,8 +980,8 @@ class Attachment:
 
         step.attachment = self  # type: ignore[attr-defined]
         self._before = optimizer.__dict__.get("step")
-        step = outside_graphs(step)
-        self._step_method = types.MethodType(step, optimizer)  # schedulers wrap bound methods only
+        outside = outside_graphs(step)
+        self._step_method = types.MethodType(outside, optimizer)  # schedulers wrap bound methods
         optimizer.step = self._step_method  # type: ignore[method-assign]
 
     def remove(self) -> None:
