@@ -195,6 +195,8 @@ class Transform:
 
     def apply_to(self, value: Tensor, *extra: Any) -> Tensor:
         """Apply to one tensor; a total of each row belongs to the whole of it."""
+        if value.is_complex():
+            return self.apply_to_complex(value, *extra)
         parts = parts_of(self.apply, value) if self.over != "row" else []
         if len(parts) < 2:
             return self.apply(value, *extra)
@@ -202,6 +204,16 @@ class Transform:
         for (part,), target in zip(parts, result.view(-1).split(PART), strict=True):
             target.copy_(self.apply(part, *extra))
         return result
+
+    def apply_to_complex(self, value: Tensor, *extra: Any) -> Tensor:
+        """Apply to a complex tensor, or say that the transform has no meaning there."""
+        try:
+            return self.apply(value, *extra)
+        except RuntimeError as error:  # torch: "not implemented for 'ComplexFloat'"
+            raise TypeError(
+                f"{self} compares numbers, which complex ones do not allow: "
+                "put complex parameters into a group with other transforms"
+            ) from error
 
     def covers(self, grad: Tensor) -> bool:
         """Whether a tensor of this shape is transformed at all."""

@@ -323,6 +323,25 @@ def test_a_user_function_gets_a_copy_that_it_may_overwrite(entry):
         assert same(values, reference)
 
 
+@every
+def test_a_transform_that_compares_refuses_complex_gradients(entry):
+    for large in (False, True):
+        shapes = [(3, 4), (600, 600) if large else (5,)]
+        params = [
+            p
+            for k, s in zip((torch.float64, torch.complex64), shapes, strict=True)
+            for p in parameters(k, [s])
+        ]
+        made = two_groups(entry, params, transforms=[agrlib.clip_value(1.0)])
+        feed(params, gradients(params)[0])
+        before = content(made)
+        with pytest.raises(
+            TypeError, match=r"clip_value\(1.0\) compares .* put complex parameters"
+        ):
+            made.step()
+        assert content(made) == before
+
+
 # --- groups, closures, schedulers --------------------------------------------------------------
 
 
