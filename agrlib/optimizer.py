@@ -626,10 +626,10 @@ class RecordedOptimizer(Optimizer):
         keep_step_outside_graphs(type(self))
         for group, old in zip(self.param_groups, own, strict=True):
             group.pop("decoupled_weight_decay", None)  # the class says it
-            for key, value in old.items():
+            for key, value in {**self.defaults, **old}.items():
                 if key in ("transforms", *self.HOW_TO_RUN):
                     group[key] = value
-                group.setdefault(key, value)  # a checkpoint of torch.optim lacks some keys
+                group.setdefault(key, value)  # torch.optim and older versions lack some keys
             for param in group["params"]:
                 if "step" in self.state.get(param, {}):
                     step, home = self.state[param]["step"], "cpu"
