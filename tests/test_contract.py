@@ -374,7 +374,7 @@ def test_a_refused_group_is_left_as_it_was(entry):
         (TypeError, dict(params=set(params[1:]))),
         (ValueError, dict(params=[2 * params[1]])),
         (RuntimeError, dict(params=[meta], fused=True)),
-        (ValueError, dict(params=[("weight", params[1])])),
+        ((ValueError, TypeError), dict(params=[("weight", params[1])])),  # torch 2.4 has no names
         (KeyError, dict(lr=0.1)),
     ):
         given = dict(wrong)
@@ -554,7 +554,8 @@ def test_autograd_sees_options_that_are_tensors(entry):
         param.grad = grad
         made.step()
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(param.sum(), wanted))
-    plain = entry.cls([p := parameters(shapes=[(4,)])[0]], **entry.kwargs)
+    numbers = {key: entry.kwargs[key] for key in options}
+    plain = entry.cls([p := parameters(shapes=[(4,)])[0]], **numbers)
     close([param.detach()], train(plain, gradients([p], 3)), 1e-13)
 
 
