@@ -41,7 +41,7 @@ def clip_value(bound: float) -> Transform:
     """Clip each entry of a gradient to the interval [-bound, bound].
 
     ``g_i <- max(-bound, min(g_i, bound))``, as ``torch.nn.utils.clip_grad_value_`` does. The
-    direction of the gradient changes. NaN stays NaN. Real gradients only.
+    direction of the gradient changes. NaN stays NaN. A complex gradient is a TypeError.
 
     Args:
         bound: the largest magnitude of an entry, at least 0, in units of the gradient.

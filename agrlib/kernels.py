@@ -1874,7 +1874,7 @@ class Batch:
         """Tell autograd what a kernel has written, and let go of the gradients."""
         try:
             increment_version(self.params)
-        except TypeError:  # before torch 2.5, one by one
+        except (TypeError, RuntimeError):  # before torch 2.5, one by one
             for param in self.params:
                 increment_version(param)
         self.tensors[1] = []

@@ -22,8 +22,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 Group = dict[str, Any]
-NUMBERS = ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay", "partial")
-NUMBERS += ("initial_accumulator_value",)
+NUMBERS = (
+    *("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "partial"),
+    *("lr_decay", "initial_accumulator_value"),
+)
 WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
 PART = 2**18  # entries; parts of this size, and what is computed from them, stay in a cache
 
@@ -82,6 +84,22 @@ def dense(grad: Tensor) -> Tensor:
             "agrlib does not support sparse gradients: build the embedding with sparse=False"
         )
     return grad
+
+
+def found_at(module: str, path: str) -> Any:
+    """Return what a dotted name stands for in a module that is loaded, or None."""
+    place: Any = sys.modules.get(module)
+    for name in path.split("."):
+        place = getattr(place, name, None)
+    return place
+
+
+def meaning(function: Any) -> Any:
+    """Return what is equal for a function and for a copy of it from another process."""
+    plain = isinstance(function, types.FunctionType)
+    if plain and not (function.__closure__ or function.__defaults__ or function.__kwdefaults__):
+        return function.__module__, function.__code__
+    return function
 
 
 class Transform:
@@ -161,6 +179,8 @@ class Transform:
 
     def apply_to(self, value: Tensor, *extra: Any) -> Tensor:
         """Apply to one tensor; a total of each row belongs to the whole of it."""
+        if value.is_complex():
+            return self.apply_to_complex(value, *extra)
         parts = parts_of(self.apply, value) if self.over != "row" else []
         if len(parts) < 2:
             return self.apply(value, *extra)
@@ -168,6 +188,16 @@ class Transform:
         for (part,), target in zip(parts, result.view(-1).split(PART), strict=True):
             target.copy_(self.apply(part, *extra))
         return result
+
+    def apply_to_complex(self, value: Tensor, *extra: Any) -> Tensor:
+        """Apply to a complex tensor, or say that the transform has no meaning there."""
+        try:
+            return self.apply(value, *extra)
+        except RuntimeError as error:  # torch: "not implemented for 'ComplexFloat'"
+            raise TypeError(
+                f"{self} compares numbers, which complex ones do not allow: "
+                "put complex parameters into a group with other transforms"
+            ) from error
 
     def covers(self, grad: Tensor) -> bool:
         """Whether a tensor of this shape is transformed at all."""
@@ -185,7 +215,7 @@ class Transform:
             whole = torch.stack([gathered(part).to(sums[0].device) for part in sums]).sum()
             sums = [whole.to(part.device) for part in sums]
         sums = [
-            total.to(value.dtype if total.is_complex() else value.dtype.to_real())
+            total.to(value.dtype if total.is_complex() else value.real.dtype)
             for total, value in zip(sums, values, strict=True)
         ]
         if self.finish is None:
@@ -211,12 +241,20 @@ class Transform:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Any, ...]:
-        declared = (self.apply, self.over, self.summand, self.finish)
-        return (self.__name__, *declared, self.constants, self.smallest)
+        functions = map(meaning, (self.apply, self.summand, self.finish))
+        return (self.__name__, self.over, *functions, self.constants, self.smallest)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.__name__ == getattr(self.apply, "__name__", None):  # made by @transform
-            return self.__name__
+        """Pickle by name where it can be imported, else by its parts, whose names lead to it."""
+        name = getattr(self, "__qualname__", "")
+        known = found_at(self.__module__, name) is self
+        if known and (self.__module__ != "__main__" or protocol < 4):  # such a name says no part
+            return name
+        for role in ("apply", "summand", "finish") if known else ():
+            part = getattr(self, role)
+            function = isinstance(part, types.FunctionType)
+            if function and found_at(part.__module__, part.__qualname__) is not part:
+                part.__qualname__ = f"{name}.{role}"
         return super().__reduce_ex__(protocol)
 
 
@@ -508,6 +546,20 @@ def warn_of_no_record(groups: list[Group], loaded: list[Group]) -> None:
         )
 
 
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch.compile calls as it is."""
+    outside = torch.compiler.disable(function)
+    vars(outside).pop("_torchdynamo_orig_callable", None)  # old torch looks there past wrappers
+    outside.outside_graphs = True
+    return outside
+
+
+def keep_step_outside_graphs(cls: type[Optimizer]) -> None:
+    """Let torch.compile call the step of a class, with torch's hooks around it, as it is."""
+    if not hasattr(cls.step, "outside_graphs"):
+        cls.step = outside_graphs(cls.step)  # type: ignore[method-assign]
+
+
 class RecordedOptimizer(Optimizer):
     """A torch optimizer whose checkpoints record the gradient transforms of each group."""
 
@@ -572,12 +624,13 @@ class RecordedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = self.__dict__.get("param_groups", state["param_groups"])
         super().__setstate__(state)
+        keep_step_outside_graphs(type(self))
         for group, old in zip(self.param_groups, own, strict=True):
             group.pop("decoupled_weight_decay", None)  # the class says it
-            for key, value in old.items():
+            for key, value in {**self.defaults, **old}.items():
                 if key in ("transforms", *self.HOW_TO_RUN):
                     group[key] = value
-                group.setdefault(key, value)  # a checkpoint of torch.optim lacks some keys
+                group.setdefault(key, value)  # torch.optim and older versions lack some keys
             for param in group["params"]:
                 if "step" in self.state.get(param, {}):
                     step, home = self.state[param]["step"], "cpu"
@@ -680,6 +733,7 @@ class GradientMethod(RecordedOptimizer):
 
             self._made_by_zero = made_by_zero()
         super().__init__(params, {**defaults, **shared})
+        keep_step_outside_graphs(type(self))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -708,7 +762,8 @@ class GradientMethod(RecordedOptimizer):
         except BaseException:
             del self.param_groups[before:]
             if isinstance(given, dict):
-                given.clear(), given.update(kept)
+                given.clear()
+                given.update(kept)
             raise
         seed_rounding(given)  # now, whatever is drawn before a step
 
@@ -781,7 +836,8 @@ class GradientMethod(RecordedOptimizer):
         """Refuse options that were spoiled since they were given."""
         group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
         self._check_reach(group["transforms"])
-        check_way(group), check_types(group)
+        check_way(group)
+        check_types(group)
         if any(param.grad is not None for param in group["params"]):
             self._try_options(with_numbers(group))
         seed_rounding(group)
@@ -800,7 +856,7 @@ class GradientMethod(RecordedOptimizer):
     def _plan_step(self, params: list[Tensor], grads: list[Tensor | None]) -> Any:
         """Return the part of compiled kernels in this step; None leaves all to the eager way."""
         ways = {group["fused"] for group in self.param_groups}
-        if ways <= {False} or self.defaults["differentiable"] or torch.compiler.is_compiling():
+        if ways <= {False} or self.defaults["differentiable"]:
             return None
         planned = "_plan" in self.__dict__
         small = not planned and sum(p.numel() for p in params) < WORTH_COMPILING
@@ -961,7 +1017,8 @@ class Attachment:
 
         step.attachment = self  # type: ignore[attr-defined]
         self._before = optimizer.__dict__.get("step")
-        self._step_method = types.MethodType(step, optimizer)  # schedulers wrap bound methods only
+        outside = outside_graphs(step)
+        self._step_method = types.MethodType(outside, optimizer)  # schedulers wrap bound methods
         optimizer.step = self._step_method  # type: ignore[method-assign]
 
     def remove(self) -> None:

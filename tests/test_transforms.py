@@ -4,6 +4,8 @@ import copy
 import functools
 import math
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import oracle
@@ -175,6 +177,78 @@ def test_transforms_are_copied_and_pickled_by_name_or_by_value():
         assert clone(halve) == halve
         assert clone(optimizer.Chain([agr, halve])) == (agr, halve)
         assert repr(clone(optimizer.Chain([agr, halve]))) == "agr, halve"
+
+
+SCRIPT = """
+import copy, functools, io, pickle, sys
+import agrlib, cloudpickle, torch
+
+@agrlib.transform(constants=(0.5,))
+def shrink(grad, factor):
+    return factor * grad
+
+@agrlib.transform(over="all", summand=lambda grad: grad * grad, finish=lambda sum, n: sum / n)
+def whole(grad, total):
+    return grad / total
+
+def scale(grad, factor):
+    return factor * grad
+
+class Twice:
+    def __call__(self, grad):
+        return 2 * grad
+
+def local():
+    @agrlib.transform()
+    def negative(grad):
+        return -grad
+    return negative
+
+third = agrlib.transform(constants=(0.25,))(scale)
+named = agrlib.Transform(scale, constants=(0.75,), name="named")
+chain = [shrink, whole, third, named, agrlib.agr, agrlib.clip_norm(1.0), Twice()]
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+optimizer = agrlib.AdamW([param], transforms=chain)
+optimizer.step()
+by_cloudpickle = lambda value: pickle.loads(cloudpickle.dumps(value))
+for clone in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved, by_cloudpickle):
+    again = clone(chain)
+    assert again[:6] == chain[:6] and [*map(hash, again[:6])] == [*map(hash, chain[:6])], again
+    assert again[4] is agrlib.agr
+    assert clone(optimizer).param_groups[0]["transforms"][:6] == tuple(chain[:6])
+    assert scale(2.0, 3.0) == pickle.loads(pickle.dumps(scale))(2.0, 3.0)
+more = [local(), lambda grad: grad, functools.partial(scale, factor=3.0)]
+sys.stdout.buffer.write(cloudpickle.dumps((chain + more, optimizer)))
+"""
+
+
+def test_transforms_of_a_main_script_travel(tmp_path):
+    """To a process that knows nothing of the script, where cloudpickle takes what is in it."""
+    pytest.importorskip("cloudpickle", reason="it is in the extra `dev`")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, script], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    chain, made = pickle.loads(done.stdout)
+    names = "shrink, whole, scale, named, agr, clip_norm(1.0), Twice"
+    assert repr(optimizer.Chain(chain[:7])) == names
+    results = [function(torch.ones(2))[0].item() for function in chain]
+    assert results == pytest.approx(
+        [0.5, 1.0, 0.25, 0.75, 0.5, 0.5**0.5, 2.0, -1.0, 1.0, 3.0], 1e-5
+    )
+    assert str(made.param_groups[0]["transforms"]) == names
+    [param] = made.param_groups[0]["params"]
+    param.grad = torch.ones(3)
+    made.step()
+    assert made.state[param]["step"] == 2
 
 
 def test_a_chain_runs_left_to_right():
