@@ -17,9 +17,11 @@ import importlib.util
 import inspect
 import itertools
 import os
+import queue
 import sys
 import tempfile
 import textwrap
+import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_, itemgetter
@@ -238,7 +240,7 @@ def indent(lines: Iterable[str], depth: int) -> str:
 CPU_HEADER = """
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, prange, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 INNER = dict(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -259,6 +261,34 @@ def add(typing, total, term):  # in any order, so that several are added at once
         return builder.fadd(*arguments, flags=("reassoc",))
 
     return types.float64(types.float64, types.float64), build
+
+
+@intrinsic
+def take(typing, counter):  # the number at an address, which goes up by one for all threads
+    def build(context, builder, signature, arguments):
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "seq_cst")
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def read(typing, counter):
+    def build(context, builder, signature, arguments):
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(place, "seq_cst", 8)
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def let_others(typing, function):  # a C function, by its address
+    def build(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.IntType(32), ()).as_pointer()
+        builder.call(builder.inttoptr(arguments[0], kind), ())
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
 
 
 @njit(**EXACT)
@@ -397,7 +427,6 @@ def cpu_source(program: Program) -> str:
         parts.append(text)
     parts += functions(program, "@njit(**EXACT)", exact_division=False)
     parts += [cpu_sum(program, j) for j, stage in enumerate(program.stages) if stage.over]
-    parts += [CPU_AHEAD.strip("\n")]
     parts += [cpu_reduce(program, j) for j in program.whole]
     parts += [cpu_row(program), cpu_update(program), cpu_work(program), CPU_RUN.strip("\n")]
     return "\n\n\n".join(parts) + "\n"
@@ -430,31 +459,6 @@ def cpu_sum(program: Program, j: int) -> str:
     )
 
 
-CPU_AHEAD = """
-BLOCK, AHEAD = 256, 2048  # entries, of a sum
-STRIDE, SOON = 64, 512  # of an update
-
-
-def asking(locality):
-    @intrinsic
-    def prefetch(typing, address):
-        def build(context, builder, signature, arguments):
-            byte, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
-            kind = ir.FunctionType(ir.VoidType(), (byte, integer, integer, integer))
-            function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
-            hints = integer(0), integer(locality), integer(1)  # to be read; data
-            builder.call(function, (builder.inttoptr(arguments[0], byte), *hints))
-            return context.get_dummy_value()
-
-        return types.void(types.int64), build
-
-    return prefetch
-
-
-prefetch, prefetch_once = asking(3), asking(0)  # to be kept by all caches; by none for long
-"""
-
-
 def row_totals(program: Program, upto: int, call: str) -> list[str]:
     """Return the lines that compute the totals of the row at hand."""
     lines = []
@@ -475,16 +479,9 @@ def cpu_reduce(program: Program, j: int) -> str:
     size = program.dtypes[1].itemsize
     rest = ", ".join(["scale", *context(program, j)])
     body = [
-        f"at, left = grad + {size} * r * cols, cols",
+        f"at = grad + {size} * r * cols",
         *row_totals(program, j, "sum_{j}(at, cols, scale, {context})"),
-        "while left > 0:",
-        "    n = left",
-        "    if left > AHEAD:",
-        "        n = BLOCK",
-        f"        for line in range(0, {size} * BLOCK, 64):",
-        f"            prefetch(at + {size} * AHEAD + line)",
-        f"    total += sum_{j}(at, n, {rest})",
-        f"    at, left = at + {size} * n, left - n",
+        f"total += sum_{j}(at, cols, {rest})",
     ]
     return (
         f"@njit(**INNER)\ndef reduce_{j}({arguments}):\n"
@@ -542,21 +539,12 @@ def cpu_update(program: Program) -> str:
     arguments += [*context(program, stages, rows=False), "numbers"]
     tables = [f"table_{r} = table[{r}, t]" for r in roles]
     addresses = [f"table_{r} + {program.dtypes[r].itemsize} * begin" for r in roles]
-    call = [*addresses, "n", "scale", "seed", "begin", *context(program, stages), "numbers"]
+    call = [*addresses, "cols", "scale", "seed", "begin", *context(program, stages), "numbers"]
     body = [
-        "begin, left = first + r * cols, cols",
+        "begin = first + r * cols",
         *row_totals(program, stages, f"sum_{{j}}({addresses[1]}, cols, scale, {{context}})"),
-        "while left > 0:",
-        "    n = left",
+        f"update_row({', '.join(call)})",
     ]
-    if all(stage.over != "row" for stage in program.stages):
-        body += ["    if left >= STRIDE:", "        n = STRIDE"]
-        for address, dtype in zip(addresses, program.dtypes, strict=True):
-            body += [
-                f"        for line in range(0, {dtype.itemsize} * STRIDE, 64):",
-                f"            prefetch_once({address} + {dtype.itemsize} * SOON + line)",
-            ]
-    body += [f"    update_row({', '.join(call)})", "    begin, left = begin + n, left - n"]
     lines = [*tables, "for r in range(rows):"]
     return (
         f"@njit(**INNER)\ndef update({', '.join(arguments)}):\n"
@@ -597,18 +585,30 @@ def cpu_work(program: Program) -> str:
 
 
 CPU_RUN = """
-@njit(parallel=True, error_model="numpy", cache=True)
-def run(waves, bounds, order, items, table, flags, classes, numbers, totals, counts, constants,
-        scale, seeds, partial):
+@njit(nogil=True, error_model="numpy", cache=True)
+def run(board, rest, waves, claims, order, steps, items, table, flags, classes, numbers, totals,
+        counts, constants, scale, seeds, partial):
+    at = board.ctypes.data
     for w in range(len(waves)):
-        phase = waves[w]
-        for worker in prange(bounds.shape[1] - 1):
-            for k in range(bounds[w, worker], bounds[w, worker + 1]):
+        phase, first, count = waves[w, 0], waves[w, 1], waves[w, 2]
+        next, done, gate = at + 24 * w, at + 24 * w + 8, at + 24 * w + 16
+        claim = take(next)
+        while claim < count:
+            for k in range(claims[first + claim], claims[first + claim + 1]):
                 work(phase, order[k], items, table, flags, classes, numbers, totals, counts,
                      constants, scale, seeds, partial)
-        if phase < SUMS:  # in the order of the items, whoever has summed them
-            for k in range(bounds[w, 0], bounds[w, bounds.shape[1] - 1]):
-                totals[phase, items[order[k], 0]] += partial[order[k]]
+            if take(done) == count - 1:
+                if phase < 0:
+                    for i in range(len(steps)):
+                        number = carray(pointer(steps[i], np.float32(0)), (1,))
+                        number[0] += np.float32(1)
+                elif phase < SUMS:  # in the order of the items, whoever has summed them
+                    for k in range(claims[first], claims[first + count]):
+                        totals[phase, items[order[k], 0]] += partial[order[k]]
+                take(gate)
+            claim = take(next)
+        while read(gate) == 0:
+            let_others(rest)
 """
 
 
@@ -628,12 +628,10 @@ def pointer(typing, address, like):
 
 
 @njit(cache=True)
-def advance(addresses, values, more):
+def read_steps(addresses, values):
     alike = True
     for i in range(len(addresses)):
-        number = carray(pointer(addresses[i], np.float32(0)), (1,))
-        number[0] += more
-        values[i] = number[0]
+        values[i] = carray(pointer(addresses[i], np.float32(0)), (1,))[0]
         alike = alike and values[i] == values[0]
     return alike
 
@@ -1038,7 +1036,7 @@ PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewher
 
 CHUNK = 16384  # entries of an item on the CPU; four times as many in large batches
 SMALL = 131072  # a tensor up to this size is summed and updated by one core, from its cache
-TOGETHER = 2**21  # per core, entries of larger tensors that are summed, and then updated
+TOGETHER = 2**19  # per core, entries of larger tensors that are summed, and then updated
 ROLES = ("parameter", "gradient")
 
 
@@ -1077,11 +1075,6 @@ def can_import(name: str) -> bool:
     return True
 
 
-def lost_threads() -> bool:
-    """Whether this process was forked from one in which kernels had run."""
-    return CPUBatch.process not in (None, os.getpid())
-
-
 def missing_compiler(device: torch.device) -> str | None:
     """Say why no kernel can be made for a device, or None."""
     if takes_triton(device):
@@ -1090,8 +1083,6 @@ def missing_compiler(device: torch.device) -> str | None:
         return f"there are kernels for CPU and CUDA tensors, not for {device.type} tensors"
     if not can_import("numba"):
         return "numba is not installed: pip install 'agrlib[cpu]'"
-    if lost_threads():
-        return "this process was forked after kernels had run, and their threads did not survive"
     return None
 
 
@@ -1246,27 +1237,81 @@ def items_of(
 
 
 class Waves(NamedTuple):
-    """Work for all cores: wave after wave, in each the items of a core behind those of another."""
+    """Work for all threads, wave after wave."""
 
-    phases: np.ndarray
-    bounds: np.ndarray  # of each core's part of `order`, for each wave
-    order: np.ndarray
+    phases: np.ndarray  # for each wave its phase, its first claim, and how many there are
+    claims: np.ndarray  # where in `order` each claim begins, and the last one ends
+    order: np.ndarray  # the items
+    entries: int
 
     @classmethod
-    def of(cls, wanted: Iterable[tuple[int, np.ndarray]], sizes: np.ndarray, cores: int) -> "Waves":
-        """Share the items of each wave evenly."""
-        phases, bounds, order, begin = [], [], [np.zeros(0, np.int64)], 0
+    def of(cls, wanted: Iterable[tuple[int, np.ndarray]], sizes: np.ndarray) -> "Waves":
+        """Bundle the items of each phase; a phase of -1 has none, but one claim."""
+        waves, starts, order, begin = [], [0], [np.zeros(0, np.int64)], 0
         for phase, items in wanted:
-            if len(items) == 0:
+            if len(items) == 0 and phase >= 0:
                 continue
-            ends = np.cumsum(sizes[items])
-            cuts = np.searchsorted(ends, ends[-1] * np.arange(1, cores) / cores)
+            full = (np.cumsum(sizes[items]) - 1) // CHUNK
+            ends = [*(1 + np.flatnonzero(np.diff(full))), len(items)]
+            waves.append((phase, len(starts) - 1, len(ends)))
+            starts += [begin + int(end) for end in ends]
             order.append(items)
-            phases.append(phase)
-            bounds.append(begin + np.array([0, *cuts, len(items)], np.int64))
             begin += len(items)
-        table = np.array(bounds, np.int64).reshape(-1, cores + 1)
-        return cls(np.array(phases, np.int64), table, np.concatenate(order))
+        every = np.concatenate(order)
+        table = np.array(waves, np.int64).reshape(-1, 3)
+        return cls(table, np.array(starts, np.int64), every, int(sizes[every].sum()))
+
+
+ALONE = 2**16  # entries for which no thread is woken
+
+
+class Crew:
+    """Threads of this process that help with kernels."""
+
+    crews: ClassVar[dict[int, "Crew"]] = {}  # by process: a forked one has no threads yet
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self.size = 0
+
+    @classmethod
+    def offer(cls, count: int, job: tuple[Any, ...]) -> None:
+        """Ask `count` threads to call a kernel: ``job`` is the kernel and its arguments."""
+        crew = cls.crews.get(os.getpid()) or cls.crews.setdefault(os.getpid(), Crew())
+        try:
+            while crew.size < count:
+                threading.Thread(target=crew.work, name="agrlib", daemon=True).start()
+                crew.size += 1
+        except RuntimeError:  # the system gives no more threads, or the interpreter is ending
+            count = min(count, crew.size)
+        with contextlib.suppress(queue.Empty):
+            while True:  # what nobody has taken up by now, its caller has done
+                crew.jobs.get_nowait()
+        for _ in range(count):
+            crew.jobs.put(job)
+
+    def work(self) -> None:
+        while True:
+            kernel, *arguments = self.jobs.get()
+            kernel(*arguments)
+            del kernel, arguments
+
+
+@functools.cache
+def guard_forks() -> None:
+    """Let forks wait until nothing is compiled: a child would wait for the compiler for ever."""
+    lock = importlib.import_module("numba.core.compiler_lock").global_compiler_lock
+    if hasattr(os, "register_at_fork"):
+        release = dict.fromkeys(("after_in_parent", "after_in_child"), lock.release)
+        os.register_at_fork(before=lock.acquire, **release)
+
+
+@functools.cache
+def yielding() -> int:
+    """Return the address of the C function by which a thread that waits lets others run."""
+    posix = os.name == "posix"
+    function = ctypes.CDLL(None).sched_yield if posix else ctypes.cdll.kernel32.SwitchToThread
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 MANY = 32  # tensors of a batch from which on a glance is worth its own compilation
@@ -1525,14 +1570,12 @@ class Batch:
 class CPUBatch(Batch):
     """A batch whose kernel numba compiles."""
 
-    process: int | None = None  # where kernels have run: their threads do not survive a fork
-
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.numba = importlib.import_module("numba")
+        guard_forks()
         self.wide = np.dtype(self.program.wide).type
         self.kernel = load(cpu_source(self.program), self.program.rule.__name__).run
-        self.advance = load(CPU_STEPS, "steps").advance
+        self.read_steps = load(CPU_STEPS, "steps").read_steps
         size = len(self.params)
         self.seeds, self.classes = np.zeros(size, np.int64), np.zeros(size, np.int64)
         self.numbers = np.zeros((1, 3 + len(self.program.scalars)), self.wide)
@@ -1542,12 +1585,12 @@ class CPUBatch(Batch):
         self.steps = np.zeros(size * self.counts_steps, np.float32)
         self.cores = 0
         self.arrange()
-        self.call(Waves.of([], self.sizes, self.cores))  # compiles
-        self.advance(self.step_addresses[:0], self.steps[:0], np.float32(0))
+        self.call(Waves.of([], self.sizes))  # compiles
+        self.read_steps(self.step_addresses[:0], self.steps[:0])
 
     def arrange(self) -> None:
-        """Cut the work into items, and say in which waves and by whom they are done."""
-        cores = min(torch.get_num_threads(), self.numba.config.NUMBA_NUM_THREADS)
+        """Cut the work into items, and say in which waves they are done."""
+        cores = torch.get_num_threads()
         if cores == self.cores:
             return
         self.cores, last = cores, len(self.whole)
@@ -1568,10 +1611,10 @@ class CPUBatch(Batch):
             for _, group in itertools.groupby(large, turns.get):
                 items = np.concatenate([each[t] for t in group])
                 alone += [(phase, items) for phase in range(last + 1)]
-        phases = [[(phase, everything)] for phase in range(last + 1)]
-        self.alone, *self.together = (
-            Waves.of(wanted, self.sizes, cores) for wanted in (alone, *phases)
-        )
+        end = (-1, everything[:0])
+        phases = [[(phase, everything)] for phase in range(last)]
+        ways = ([*alone, end], *phases, [(last, everything), end])
+        self.alone, *self.together = (Waves.of(wanted, self.sizes) for wanted in ways)
 
     def place(self, addresses: np.ndarray) -> None:
         self.addresses = addresses
@@ -1580,7 +1623,7 @@ class CPUBatch(Batch):
     def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.arrange()
         self.scale = self.wide(1 if scale is None else 1 / scale.item())
-        alike = self.advance(self.step_addresses, self.steps, np.float32(0))
+        alike = self.read_steps(self.step_addresses, self.steps)
         rows: list[list[Any]] = []
         for g, members in self.spans:
             group = self.optimizer.param_groups[g]
@@ -1597,12 +1640,12 @@ class CPUBatch(Batch):
         self.numbers = np.array(rows, self.wide)
 
     def call(self, waves: Waves) -> None:
-        CPUBatch.process = os.getpid()
-        threads, others = torch.get_num_threads(), self.numba.get_num_threads()
-        if others != self.cores:
-            self.numba.set_num_threads(self.cores)
-        self.kernel(
-            *waves,
+        """Do the work together with others, where there is enough of it."""
+        arguments = (
+            np.zeros(3 * len(waves.phases), np.int64),
+            yielding(),
+            *waves[:3],
+            self.step_addresses,
             self.items,
             self.addresses,
             self.covers,
@@ -1615,10 +1658,10 @@ class CPUBatch(Batch):
             self.seeds,
             self.partial,
         )
-        if others != self.cores:
-            self.numba.set_num_threads(others)  # for the user's own kernels
-        if torch.get_num_threads() != threads:  # numba's first launch sets it for all of OpenMP
-            torch.set_num_threads(threads)
+        others = min(self.cores - 1, waves.entries // ALONE)
+        if others > 0:
+            Crew.offer(others, (self.kernel, *arguments))
+        self.kernel(*arguments)
 
     def reduce(self, q: int) -> None:
         self.totals[q] = 0
@@ -1628,7 +1671,6 @@ class CPUBatch(Batch):
         if alone:
             self.totals.zero_()
         self.call(self.alone if alone else self.together[-1])
-        self.advance(self.step_addresses, self.steps, np.float32(1))
         self.written()
 
 
@@ -1990,7 +2032,6 @@ class Plan:
         """Whether the plan still is that of the optimizer; looks up all tensors again."""
         return (
             len(params) == len(self.params)
-            and not (lost_threads() and any(isinstance(b, CPUBatch) for b in self.batches))
             and all(map(is_, params, self.params))
             and all(grads[i] is None for i in self.absent)
             and all(grads[i] is not None for i in self.eager)

@@ -458,7 +458,7 @@ def test_a_glance_sees_what_an_inspection_sees(disturb, monkeypatch):
         now = [params, grads, *([made.state[p].get(k) for p in params] for k in batch.keys)]
         if fits:
             assert batch.addresses.tolist() == [[x.data_ptr() for x in row] for row in now]
-            steps.append(batch.advance(batch.step_addresses, batch.steps, batch.wide(0)))
+            steps.append(batch.read_steps(batch.step_addresses, batch.steps))
         seen.append((fits, batch.steps.tolist()))
     assert seen[0] == seen[1]
 
@@ -539,33 +539,6 @@ def run_python(script, **environment):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
-
-
-FORK = """
-    param, optimizer = make(None, 70_000)
-    optimizer.step()
-    assert optimizer._plan.batches
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            optimizer.step()
-            assert not optimizer._plan.batches, "the child went through a kernel"
-            os.write(writer, b"eager ")
-            make(True, 5)
-        except RuntimeError as error:
-            os.write(writer, str(error).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    print(os.read(reader, 1000).decode())
-    optimizer.step()
-    assert optimizer._plan.batches
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_process_forked_after_kernels_ran_goes_the_eager_way():
-    [line] = run_python(FORK)
-    assert line.startswith("eager fused=True: this process was forked")
 
 
 def test_without_numba_steps_are_eager_and_true_says_what_to_install():

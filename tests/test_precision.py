@@ -97,10 +97,6 @@ def test_stochastic_rounding_by_a_kernel_is_unbiased():
 @pytest.mark.parametrize("run", LARGE_RUNS.values(), ids=list(LARGE_RUNS))
 def test_the_number_of_threads_changes_no_bit(run):
     """Every partial sum is the same whoever adds it up, and their order is that of the parts."""
-    import numba
-
-    if numba.config.NUMBA_NUM_THREADS < 2:
-        pytest.skip("one processor")
     entry, chain, dtype = run
     before, results = torch.get_num_threads(), []
     for threads in (1, 2):
