@@ -12,6 +12,7 @@ import gc
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -525,7 +526,7 @@ class Settings:
     rounds: int = 9
     runs: int = 1
     device: str = "cpu"
-    threads: int = 1
+    threads: Sequence[int] = (1,)
     quick: bool = False
 
     def shapes(self, name: str) -> list[Shape]:
@@ -552,16 +553,16 @@ def start(
     return steps, unavailable
 
 
-def measure_set(name: str, settings: Settings) -> dict[str, Any]:
+def measure_set(name: str, threads: int, settings: Settings) -> dict[str, Any]:
     """Measure all contenders on one set, once: a part of the results, for one run.
 
     Source: chapter "The roofline".
     """
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(threads)
     tensors = Tensors(settings.shapes(name), settings.device)
     entrants = contenders(settings.methods)
     steps, unavailable = start(entrants, tensors)
-    torch.set_num_threads(settings.threads)  # loading a compiler may have changed it
+    torch.set_num_threads(threads)  # loading a compiler may have changed it
     machine = yardsticks(settings.device, 2**16 if settings.quick else 2**26)
     extra = {key: extra_memory(step, settings.device) for key, step in steps.items()}
     timed = {**steps, **{key: step for key, (step, _) in machine.items()}}
@@ -587,7 +588,7 @@ def measure_set(name: str, settings: Settings) -> dict[str, Any]:
     )
 
 
-def measure_apart(name: str, settings: Settings) -> dict[str, Any]:
+def measure_apart(name: str, threads: int, settings: Settings) -> dict[str, Any]:
     """Measure a set in a new process, which knows nothing of what was measured before.
 
     Raises:
@@ -596,8 +597,21 @@ def measure_apart(name: str, settings: Settings) -> dict[str, Any]:
     Source: chapter "The roofline".
     """
     code = "import json, sys; from agrlib.bench import Settings, measure_set; "
-    code += "print(json.dumps(measure_set(sys.argv[1], Settings(**json.loads(sys.argv[2])))))"
-    return json.loads(in_new_process(code, name, json.dumps(asdict(settings))))
+    code += "settings = Settings(**json.loads(sys.argv[3])); "
+    code += "print(json.dumps(measure_set(sys.argv[1], int(sys.argv[2]), settings)))"
+    return json.loads(in_new_process(code, name, str(threads), json.dumps(asdict(settings))))
+
+
+def label(name: str, threads: int) -> str:
+    """Return what the results call a set on so many threads.
+
+    Example:
+        >>> label("gpt2", 1), label("gpt2", 2)
+        ('gpt2, 1 thread', 'gpt2, 2 threads')
+
+    Source: chapter "The roofline".
+    """
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def add_run(part: dict[str, Any], other: dict[str, Any]) -> None:
@@ -611,7 +625,7 @@ def run(settings: Settings, report: Callable[[str], Any] = print) -> dict[str, A
     """Measure everything that the settings ask for.
 
     Args:
-        settings: which sets, methods and device, and how often.
+        settings: which sets, methods, device and numbers of threads, and how often.
         report: is told how far it is.
 
     Returns:
@@ -623,18 +637,20 @@ def run(settings: Settings, report: Callable[[str], Any] = print) -> dict[str, A
     if (results["load"] or 0) > 0.5:
         report(f"other programs are running (load {results['load']}): the numbers will be wrong")
     for number in range(1, settings.runs + 1):
-        for name in settings.sets:
-            report(f"run {number} of {settings.runs}: {name}")
-            part = measure_apart(name, settings)
+        for name, threads in itertools.product(settings.sets, settings.threads):
+            key = label(name, threads)
+            report(f"run {number} of {settings.runs}: {key}")
+            part = measure_apart(name, threads, settings)
             if number == 1:
-                results["sets"][name] = part
+                results["sets"][key] = part
             else:
-                add_run(results["sets"][name], part)
+                add_run(results["sets"][key], part)
     parts = results["sets"].values()
     for method in settings.methods:
         if not settings.quick and any(f"{method}, agrlib fast" in p["contenders"] for p in parts):
             report(f"first call: {method}")
-            results["first_call"][method] = first_steps(method, settings.device, settings.threads)
+            most = max(settings.threads)
+            results["first_call"][method] = first_steps(method, settings.device, most)
     return results
 
 
@@ -655,9 +671,13 @@ SCHEMA: dict[str, Any] = {
     "date": TEXT,
     "device": TEXT,
     "device_name": TEXT,
+    "processor": {
+        "vendor": OPTIONAL_TEXT,
+        **dict.fromkeys(("family", "model", "stepping", "L1d", "L2", "L3"), OPTIONAL_NUMBER),
+    },
     "system": TEXT,
     "cores": COUNT,
-    "threads": COUNT,
+    "threads": [COUNT],
     "load": OPTIONAL_NUMBER,
     "rounds": COUNT,
     "runs": COUNT,
@@ -673,7 +693,7 @@ SCHEMA: dict[str, Any] = {
     },
     "first_call": {ANY: {"cold": POSITIVE, "cached": POSITIVE}},
 }
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KINDS: dict[str, Callable[[Any], bool]] = {
     COUNT: lambda x: type(x) is int and x > 0,
     POSITIVE: lambda x: type(x) in (int, float) and 0 < x < math.inf,
@@ -767,9 +787,10 @@ def describe(settings: Settings) -> dict[str, Any]:
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         device=settings.device,
         device_name=device_name(settings.device),
+        processor=processor(),
         system=f"{platform.system()} {platform.machine()}",
         cores=cores(),
-        threads=settings.threads,
+        threads=list(settings.threads),
         load=load_average(),
         rounds=settings.rounds,
         runs=settings.runs,
@@ -799,21 +820,69 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def told_of_processor() -> dict[str, str]:
+    """Return what Linux tells of the first processor; nothing on other systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int | None]:
+    """Return the sizes of a core's caches in bytes; None where the system does not tell."""
+    sizes: dict[str, int | None] = dict.fromkeys(("L1d", "L2", "L3"))
+    for index in folder.glob("index*"):
+        try:
+            level, kind, size = ((index / x).read_text().strip() for x in ("level", "type", "size"))
+            key = f"L{level}" + "d" * (level == "1")
+            if kind != "Instruction" and key in sizes:
+                sizes[key] = 1024 * int(size.removesuffix("K"))
+        except (OSError, ValueError):
+            continue
+    return sizes
+
+
+def processor() -> dict[str, Any]:
+    """Return what tells this processor from others; None for what the system does not tell.
+
+    Source: chapter "The roofline".
+    """
+    told = told_of_processor()
+    fields = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+    numbers = {key: told.get(field, "") for key, field in fields.items()}
+    found = {key: int(text) if text.isdigit() else None for key, text in numbers.items()}
+    return {"vendor": told.get("vendor_id"), **found, **caches()}
+
+
 def device_name(device: str) -> str:
     """Return what the processor, or the GPU, calls itself."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return told_of_processor().get("model name") or platform.processor() or platform.machine()
+
+
+def file_name(results: dict[str, Any]) -> str:
+    """Return the name of the file for a processor model, or a GPU.
+
+    Source: chapter "The roofline".
+    """
+    model = [results["processor"][key] for key in ("vendor", "family", "model")]
+    if results["device"] != "cpu" or None in model:
+        model = [results["device_name"]]
+    kind = "cpu" if results["device"] == "cpu" else "gpu"
+    return re.sub(r"\W+", "_", "_".join(map(str, ["bench", kind, *model])).lower()) + ".json"
 
 
 def typical(values: Any) -> float:
     """Return the median over runs of the medians over rounds."""
     return float(np.median(np.median(np.asarray(values), axis=1)))
+
+
+def best(values: Any) -> float:
+    """Return the smallest number of all runs and rounds."""
+    return float(np.min(values))
 
 
 def entry(results: dict[str, Any], name: str, key: str) -> dict[str, Any]:
@@ -843,17 +912,28 @@ def compare(results: dict[str, Any], name: str, first: str, second: str) -> floa
     return typical(seconds[0] / seconds[1])
 
 
-def rate(results: dict[str, Any], name: str, key: str) -> float:
+def compare_best(results: dict[str, Any], name: str, first: str, second: str) -> float:
+    """Return the ratio of the shortest times of two contenders, or yardsticks; see `compare`.
+
+    Source: chapter "The roofline".
+    """
+    shortest = [best(entry(results, name, key)["seconds"]) for key in (first, second)]
+    return shortest[0] / shortest[1]
+
+
+def rate(
+    results: dict[str, Any], name: str, key: str, of: Callable[[Any], float] = typical
+) -> float:
     """Return the billions of bytes per second at which a contender works, or a yardstick.
 
     For a contender the bytes are those that its method must move, whatever it does move. For the
-    yardstick "mm" they are operations.
+    yardstick "mm" they are operations. The time is the median, or the shortest with ``of=best``.
 
     Source: chapter "The roofline".
     """
     found = entry(results, name, key)
     amount = found["bytes"] if "bytes" in found else found["amount"]
-    return amount / typical(found["seconds"]) / 1e9
+    return amount / of(found["seconds"]) / 1e9
 
 
 def bound_ratio(results: dict[str, Any], name: str, key: str) -> float:
@@ -873,9 +953,10 @@ def summarize(results: dict[str, Any], name: str) -> dict[str, dict[str, float]]
     """Return what a set's timings say of each contender.
 
     Returns:
-        For each contender: "ms" and the quartiles "low" and "high" over all rounds; "ratio" to
-        torch's fused AdamW; "bytes" per parameter; "rate" in GB/s; "bound", the ratio to the memory
-        bound; "extra_mb"; "cold" and "cached" seconds. NaN where it was not measured.
+        For each contender: "ms" and "best_ms", the median and the shortest time; "ratio" and
+        "best_ratio" to torch's fused AdamW; "bytes" per parameter; "rate" in GB/s; "bound", the
+        ratio to the memory bound; "extra_mb"; "cold" and "cached" seconds. NaN where it was not
+        measured.
 
     Source: chapter "The roofline".
     """
@@ -887,9 +968,9 @@ def summarize(results: dict[str, Any], name: str) -> dict[str, dict[str, float]]
         extra = found["extra_memory"]
         rows[key] = dict(
             ms=1e3 * typical(seconds),
-            low=1e3 * float(np.quantile(seconds, 0.25)),
-            high=1e3 * float(np.quantile(seconds, 0.75)),
+            best_ms=1e3 * best(seconds),
             ratio=compare(results, name, key, BASELINE) if compared else math.nan,
+            best_ratio=compare_best(results, name, key, BASELINE) if compared else math.nan,
             bytes=found["bytes"] / part["parameters"],
             rate=rate(results, name, key),
             bound=bound_ratio(results, name, key),
@@ -906,17 +987,21 @@ def table(results: dict[str, Any], name: str) -> str:
     Source: chapter "The roofline".
     """
     part = results["sets"][name]
-    speeds = ", ".join(f"{key} {rate(results, name, key):.1f}" for key in part["yardsticks"])
+    speeds = ", ".join(
+        f"{key} {rate(results, name, key):.1f} (best {rate(results, name, key, best):.1f})"
+        for key in part["yardsticks"]
+    )
     lines = [
-        f"{name}: {part['tensors']} tensors, {part['parameters']:,} parameters; {speeds} (1e9/s)",
-        f"{'':36}{'ms':>9} {'quartiles':>17} {'x fused':>8} {'B/par':>6} {'GB/s':>6} "
+        f"{name}: {part['tensors']} tensors, {part['parameters']:,} parameters",
+        f"1e9/s: {speeds}",
+        f"{'':36}{'ms':>9} {'best':>9} {'x fused':>8} {'best':>6} {'B/par':>6} {'GB/s':>6} "
         f"{'x bound':>8} {'MB more':>8} {'first s':>8} {'cached':>7}",
     ]
     for key, row in summarize(results, name).items():
         numbers = (
-            f"{key:36}{row['ms']:9.3f} {row['low']:8.3f} {row['high']:8.3f} {row['ratio']:8.2f} "
-            f"{row['bytes']:6.1f} {row['rate']:6.1f} {row['bound']:8.2f} {row['extra_mb']:8.1f} "
-            f"{row['cold']:8.2f} {row['cached']:7.2f}"
+            f"{key:36}{row['ms']:9.3f} {row['best_ms']:9.3f} {row['ratio']:8.2f} "
+            f"{row['best_ratio']:6.2f} {row['bytes']:6.1f} {row['rate']:6.1f} {row['bound']:8.2f} "
+            f"{row['extra_mb']:8.1f} {row['cold']:8.2f} {row['cached']:7.2f}"
         )
         lines.append(numbers.replace("nan", "  -"))
     for reason in dict.fromkeys(part["unavailable"].values()):
@@ -972,14 +1057,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=9, help="timings in a run (9)")
     parser.add_argument("--runs", type=positive, default=1, help="each in new processes (1)")
     parser.add_argument("--device", choices=list(REFERENCE), default="cpu")
-    parser.add_argument("--threads", type=positive, default=cores(), help="of the CPU (all cores)")
-    parser.add_argument("--out", type=Path, help="write the timings to this JSON file")
+    parser.add_argument("--threads", type=positive, nargs="+", help="of the CPU (one, all cores)")
+    parser.add_argument("--out", type=Path, help="write the timings to this file or folder")
     parser.add_argument("--quick", action="store_true", help="rehearse on small tensors")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if options.out is not None and not options.out.parent.is_dir():
         parser.error(f"--out: there is no folder {options.out.parent}")
+    if options.threads is None:
+        options.threads = sorted({cores()} if options.device == "cuda" else {1, cores()})
     return options
 
 
@@ -998,6 +1085,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name in results["sets"]:
         print("\n" + table(results, name))
     if out is not None:
+        out = out / file_name(results) if out.is_dir() else out
         save(results, out)
         print(f"\nwritten to {out}")
     return results

@@ -21,6 +21,7 @@ from agrlib import bench
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results"
 SMALL = dict(sets=["tiny"], methods=["AdamW", "AGR-AdamW"], rounds=2, quick=True)
+TINY = bench.label("tiny", 1)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +235,7 @@ def test_a_file_is_read_as_it_was_written(results, tmp_path):
     path = tmp_path / "bench.json"
     bench.save(results, path)
     assert bench.load(path) == results
-    part = results["sets"]["tiny"]
+    part = results["sets"][TINY]
     rows = path.read_text().splitlines()
     assert len(rows) < 20 * len(part["contenders"]) + 100, "one line per run, not per number"
     for entry in (*part["contenders"].values(), *part["yardsticks"].values()):
@@ -255,18 +256,21 @@ def changed(results, path, value):
     return results
 
 
-FUSED = ("sets", "tiny", "contenders", bench.BASELINE)
+FUSED = ("sets", TINY, "contenders", bench.BASELINE)
 DAMAGES = [
-    (("schema",), 99, "results.schema must be 1, not 99"),
+    (("schema",), 1, "results.schema must be 2, not 1"),
     (("date",), None, "results.date is missing"),
     (("author",), "me", "results.author is not known"),
     (("device",), "tpu", "results.device must be cpu or cuda"),
-    (("threads",), 1.5, "results.threads must be a positive integer, not 1.5"),
-    (("threads",), True, "results.threads must be a positive integer, not True"),
+    (("threads",), 2, "results.threads must be a list that is not empty, not 2"),
+    (("threads", 0), 1.5, r"results.threads\[0\] must be a positive integer, not 1.5"),
+    (("threads", 0), True, r"results.threads\[0\] must be a positive integer, not True"),
+    (("processor", "family"), "Zen", "results.processor.family must be a number that is not neg"),
+    (("processor", "L2"), None, "results.processor.L2 is missing"),
     (("load",), -1, "results.load must be a number that is not negative, or null"),
     (("versions",), [], "results.versions must be an object"),
     (("versions", "torch"), 2.4, "results.versions.torch must be a text or null"),
-    (("sets", "tiny", "yardsticks", "add_"), None, "sets.tiny.yardsticks.add_ is missing"),
+    (("sets", TINY, "yardsticks", "add_"), None, "1 thread.yardsticks.add_ is missing"),
     ((*FUSED, "seconds"), [], "torch fused.seconds must be a list that is not empty"),
     ((*FUSED, "seconds", 0), 3.0, r"torch fused.seconds\[0\] must be a list"),
     ((*FUSED, "seconds", 1, 0), -1.0, r"torch fused.seconds\[1\]\[0\] must be a positive number"),
@@ -288,41 +292,113 @@ def test_a_damaged_file_is_refused_by_the_name_of_the_field(
 
 
 def test_the_table_names_everyone(results):
-    text = bench.table(results, "tiny")
-    part = results["sets"]["tiny"]
+    text = bench.table(results, TINY)
+    part = results["sets"][TINY]
     assert all(name in text.replace("\n", " ") for name in part["contenders"])
     assert "nan" not in text
-    left_out = changed(results, ("sets", "tiny", "unavailable"), {"A, b": "why", "C, b": "why"})
-    assert bench.table(left_out, "tiny").endswith("not available: A, b; C, b: why")
+    left_out = changed(results, ("sets", TINY, "unavailable"), {"A, b": "why", "C, b": "why"})
+    assert bench.table(left_out, TINY).endswith("not available: A, b; C, b: why")
 
 
 def test_ratios_without_a_baseline_are_not_a_number(results):
-    rows = bench.summarize(changed(results, FUSED, None), "tiny")
+    rows = bench.summarize(changed(results, FUSED, None), TINY)
     assert rows
-    assert all(math.isnan(row["ratio"]) for row in rows.values())
+    assert all(math.isnan(row[key]) for row in rows.values() for key in ("ratio", "best_ratio"))
+
+
+def test_the_median_and_the_best_of_all_timings(results):
+    """The best pair need not be of one round, nor of one run."""
+    other = (*FUSED[:3], "AdamW, torch foreach")
+    known = changed(results, (*FUSED, "seconds"), [[3.0, 4.0], [2.0, 8.0]])
+    known = changed(known, (*other, "seconds"), [[6.0, 4.0], [4.0, 1.0]])
+    row = bench.summarize(known, TINY)["AdamW, torch foreach"]
+    assert (row["ms"], row["best_ms"]) == (3750.0, 1000.0)
+    assert (row["ratio"], row["best_ratio"]) == ((1.5 + 1.0625) / 2, 0.5)
+    known = changed(
+        known, ("sets", TINY, "yardsticks", "add_"), dict(amount=10**9, seconds=[[4, 2]])
+    )
+    rates = [bench.rate(known, TINY, "add_", of) for of in (bench.typical, bench.best)]
+    assert rates == [1 / 3, 1 / 2]
 
 
 def test_the_plot_has_a_mark_and_a_bound_for_everyone(results):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figure, axes = pyplot.subplots()
-    bench.plot(results, "tiny", axes)
+    bench.plot(results, TINY, axes)
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == list(results["sets"]["tiny"]["contenders"])
+    assert names == list(results["sets"][TINY]["contenders"])
     marks = [line for line in axes.lines if len(line.get_xdata()) == 1]
     assert len(marks) == 2 * len(names)
     pyplot.close(figure)
 
 
-@pytest.mark.parametrize("name", ["bench_cpu.json", "bench_gpu.json"])
-def test_committed_results_are_complete_and_no_rehearsal(name):
-    if not (RESULTS / name).exists():
-        pytest.skip(f"{name} has not been measured")
-    found = bench.load(RESULTS / name)
-    sizes = {key: part["parameters"] for key, part in found["sets"].items()}
-    assert sizes == {key: sum(map(math.prod, bench.shapes(key))) for key in sizes}
-    for part in found["sets"].values():
-        for method in bench.METHODS:
-            assert f"{method}, agrlib fast" in part["contenders"]
+def test_committed_results_are_complete_and_no_rehearsal():
+    files = sorted(RESULTS.glob("bench_*.json"))
+    assert any(file.name.startswith("bench_cpu") for file in files)
+    for file in files:
+        found = bench.load(file)
+        sets = {key.split(",")[0] for key in found["sets"]}
+        assert {"resnet18", "gpt2", "tiny"} <= sets
+        assert set(found["sets"]) == {bench.label(s, n) for s in sets for n in found["threads"]}
+        for key, part in found["sets"].items():
+            shapes = bench.shapes(key.split(",")[0])
+            assert part["parameters"] == sum(map(math.prod, shapes))
+            for method in bench.METHODS:
+                assert f"{method}, agrlib fast" in part["contenders"]
+
+
+# --- the machine --------------------------------------------------------------------------------
+
+CPUINFO = """processor	: 0
+vendor_id	: GenuineIntel
+cpu family	: 6
+model		: 207
+model name	: INTEL(R) XEON(R) PLATINUM 8581C CPU @ 2.10GHz
+stepping	: 2
+
+processor	: 1
+vendor_id	: another
+"""
+
+
+def test_a_processor_is_told_by_its_numbers(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: CPUINFO)
+    found = bench.processor()
+    assert [found[key] for key in ("vendor", "family", "model", "stepping")] == [
+        "GenuineIntel",
+        6,
+        207,
+        2,
+    ]
+    name = bench.device_name("cpu")
+    assert name.startswith("INTEL(R) XEON(R)")
+    results = dict(device="cpu", device_name=name, processor=found)
+    assert bench.file_name(results) == "bench_cpu_genuineintel_6_207.json"
+    results["device"], results["device_name"] = "cuda", "NVIDIA H100 80GB"
+    assert bench.file_name(results) == "bench_gpu_nvidia_h100_80gb.json"
+
+
+def test_caches_are_those_of_data(tmp_path):
+    kinds = [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("2", "Unified", "2048K")]
+    for i, row in enumerate([*kinds, ("3", "Unified", "much"), ("4", "Unified", "1K")]):
+        folder = tmp_path / f"index{i}"
+        folder.mkdir()
+        for name, text in zip(("level", "type", "size"), row, strict=True):
+            (folder / name).write_text(text + "\n")
+    (tmp_path / "index9").mkdir()
+    assert bench.caches(tmp_path) == {"L1d": 48 * 1024, "L2": 2**21, "L3": None}
+
+
+def test_a_system_that_tells_nothing(monkeypatch, tmp_path):
+    def refuse(path, *args):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert set(bench.caches(tmp_path / "none").values()) == {None}
+    found = bench.processor()
+    assert {found[key] for key in ("vendor", "family", "model", "stepping")} == {None}
+    results = dict(device="cpu", device_name=bench.device_name("cpu") or "?", processor=found)
+    assert bench.file_name(results).startswith("bench_cpu_")
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -333,13 +409,14 @@ def python(*arguments):
 
 
 def test_the_command_measures_and_writes(tmp_path):
-    out = tmp_path / "bench.json"
     options = ["--quick", "--sets", "tiny", "--optimizers", "AdamW", "--rounds", "2"]
-    done = python("-m", "agrlib.bench", *options, "--out", str(out))
+    done = python("-m", "agrlib.bench", *options, "--threads", "1", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "AdamW, torch fused" in done.stdout
+    [out] = tmp_path.iterdir()
     found = bench.load(out)
-    assert list(found["sets"]) == ["tiny"]
+    assert out.name == bench.file_name(found)
+    assert list(found["sets"]) == ["tiny, 1 thread", "tiny, 2 threads"]
     assert found["rounds"] == 2
     assert found["command"].startswith("python -m agrlib.bench --quick --sets tiny")
 
