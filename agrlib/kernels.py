@@ -135,8 +135,17 @@ def compiled(node: ast.FunctionDef, code: types.CodeType) -> types.CodeType:
     return made
 
 
-def source_of(function: types.FunctionType) -> ast.FunctionDef:
-    """Return the syntax of a function, if its source is at hand and still gives its code."""
+def changed(function: types.FunctionType) -> Changed:
+    """Return what is wrong with a function whose source gives another code."""
+    code = function.__code__
+    return Changed(
+        f"the source of {function.__name__} is not that of the function in memory (was its file "
+        f"edited?): {code.co_filename}, line {code.co_firstlineno}"
+    )
+
+
+def source_of(function: types.FunctionType) -> tuple[ast.FunctionDef, bool]:
+    """Return the definition at the place of a function, and whether it gives the same code."""
     name, code = function.__name__, function.__code__
     if code.co_name == "<lambda>":
         raise Unsupported(f"{name} is no function written with def")
@@ -145,17 +154,11 @@ def source_of(function: types.FunctionType) -> ast.FunctionDef:
         text = inspect.getsource(plain)  # without the marks that decorators leave
         tree: Any = ast.parse("if 1:\n" * text[0].isspace() + text)
         [node] = tree.body[0].body if text[0].isspace() else tree.body
-        node = strip(node)
-        if same_code(compiled(node, code), code):
-            return node
-    except Exception:  # what stands there now may be anything
-        pass
-    if len(linecache.cache.get(code.co_filename, ())) < 2:  # an entry has four parts
-        raise Unsupported(f"the source of {name} cannot be read")
-    raise Changed(
-        f"the source of {name} is not that of the function in memory (was its file edited?): "
-        f"{code.co_filename}, line {code.co_firstlineno}"
-    )
+        return strip(node), same_code(compiled(node, code), code)
+    except Exception as error:  # what stands there now may be anything
+        if len(linecache.cache.get(code.co_filename, ())) < 2:  # an entry has four parts
+            raise Unsupported(f"the source of {name} cannot be read") from error
+        raise changed(function) from error
 
 
 def check_grammar(name: str, node: ast.FunctionDef) -> None:
@@ -209,7 +212,7 @@ def syntax_of(function: types.FunctionType) -> ast.FunctionDef | Unsupported:
     """Return the syntax of a function, without all that does not compute, or what is wrong."""
     name = function.__name__
     try:
-        node = source_of(function)
+        node, same = source_of(function)
         if node.args.vararg or node.args.kwarg or node.args.kwonlyargs:
             raise Unsupported(f"{name} takes more than plain arguments: give each its place")
         node.args.args[:0], node.args.posonlyargs = node.args.posonlyargs, []
@@ -218,8 +221,8 @@ def syntax_of(function: types.FunctionType) -> ast.FunctionDef | Unsupported:
         check_grammar(name, node)
         check_names(name, node)
     except Unsupported as error:
-        return error.with_traceback(None)
-    return node
+        return type(error)(*error.args)  # without the frames, which hold the function
+    return node if same else changed(function)
 
 
 def meaning(function: Any, name: str) -> Any:

@@ -5,6 +5,7 @@ function in memory computes. All ways must compute that, or say why they cannot.
 """
 
 import functools
+import gc
 import importlib.util
 import itertools
 import linecache
@@ -12,6 +13,7 @@ import os
 import py_compile
 import types
 import warnings
+import weakref
 import zipfile
 from contextlib import nullcontext
 from typing import Any
@@ -238,6 +240,10 @@ def positional(grad, /, factor: float) -> torch.Tensor:
     return factor * grad
 
 
+def outside(grad, factor):
+    return factor * torch.abs(grad)
+
+
 CODES = {  # what makes the function, what it computes, why it is refused
     "itself": (lambda: half, 0.5 * GRAD, ""),
     "a decorator that returns the function": (lambda: functools.wraps(plus)(half), 0.5 * GRAD, ""),
@@ -262,6 +268,12 @@ CODES = {  # what makes the function, what it computes, why it is refused
     "a method": (lambda: Holder().method, 0.5 * GRAD, "no function written with def"),
     "an object": (Holder, 0.5 * GRAD, "no function written with def"),
     "a part": (lambda: functools.partial(half), 0.5 * GRAD, "no function written with def"),
+    "no arithmetic": (lambda: outside, 0.5 * GRAD.abs(), "calls torch.abs"),
+    "no arithmetic, wrapped": (
+        lambda: torch._dynamo.disable(half),
+        0.5 * GRAD,
+        "more than plain arguments",
+    ),
     "a private name": (lambda: Holder.mangled, 0.5 * GRAD, CHANGED),
     "by position only": (lambda: positional, 0.5 * GRAD, ""),
 }
@@ -271,6 +283,17 @@ CODES = {  # what makes the function, what it computes, why it is refused
 def test_the_code_decides(case):
     make, expected, refused = CODES[case]
     assert_computes(make(), expected, refused)
+
+
+@pytest.mark.parametrize("name", ["<none>", __file__, "<kept cell>"])
+def test_what_was_read_keeps_no_function_alive(name):
+    function = executed(HALF, name, HALF if "kept" in name else None)
+    code = weakref.ref(function.__code__)
+    with nullcontext() if "kept" in name else pytest.raises(kernels.Unsupported):
+        kernels.read(function)
+    del function
+    gc.collect()
+    assert code() is None
 
 
 @pytest.mark.parametrize(
