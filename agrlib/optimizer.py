@@ -263,6 +263,11 @@ def transform(**declaration: Any) -> Callable[[Callable[..., Any]], Transform]:
     return functools.partial(Transform, **declaration)
 
 
+def described(value: Any) -> str:
+    """Show a value with its type: some print like what would have been right."""
+    return f"{value!r} of type {type(value).__name__}"
+
+
 class Chain(tuple[Callable[[Tensor], Tensor], ...]):
     """The transforms of one parameter group, applied left to right; prints as their names."""
 
@@ -273,7 +278,7 @@ class Chain(tuple[Callable[[Tensor], Tensor], ...]):
         """Check the transforms that a user gave."""
         wrong = callable(transforms) or isinstance(transforms, str | set | dict)
         if wrong or not isinstance(transforms, Iterable):
-            what = f"{transforms!r} of type {type(transforms).__name__}"
+            what = described(transforms)
             raise TypeError(f"transforms takes a list of functions, like [agr], not {what}")
         chain = cls(transforms)
         for function in chain:
@@ -339,11 +344,6 @@ def require(valid: bool, what: str, value: Any) -> None:
     """Raise torch.optim's ValueError for a hyperparameter that is out of range."""
     if not valid:
         raise ValueError(f"Invalid {what}: {value}")
-
-
-def described(value: Any) -> str:
-    """Show a value with its type: some print like what would have been right."""
-    return f"{value!r} of type {type(value).__name__}"
 
 
 def check_types(group: Group) -> None:
@@ -657,7 +657,8 @@ class GradientMethod(RecordedOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as torch.optim takes them. A group
             may hold its own value of every option, `transforms` included.
-        defaults: the method's own options; "lr" and "weight_decay" must be among them.
+        defaults: the method's own options; "lr" and "weight_decay" must be among them. Each number
+            may be a tensor of one element, which is read anew at every step.
         transforms: gradient transforms, applied left to right before the rule. Checkpoints record
             their names, so give different functions different names.
         maximize: ascend instead of descend.

@@ -526,8 +526,9 @@ def as_tensors(entry, shape):
 def test_options_may_be_tensors_of_one_element(entry, shape, fused):
     if fused:
         pytest.importorskip("numba", reason="numba has no wheel for this platform")
-    if fused and OPTIMIZERS.index(entry) % 3 != len(shape):
-        return  # which takes a second each; the shape is forgotten before the method is asked
+    some = {"SGD-nesterov": (), "Adagrad": (1,), "AdamW": (1, 1), "Padam": (1,), "Adan": ()}
+    if fused and some.get(entry.name) != shape:
+        return  # which takes seconds each; kernels see numbers
     ends = []
     for kwargs in (entry.kwargs, as_tensors(entry, shape)):
         params = parameters(torch.float32)
@@ -994,7 +995,7 @@ def test_stochastic_rounding_permutes_no_sequence():
 @every
 def test_every_way_counts_the_steps_that_round(entry):
     pytest.importorskip("numba", reason="numba has no wheel for this platform")
-    for fused in (False, True):
+    for fused in (False, True) if entry.name in ("SGD", "SGD-heavy-ball", "AdamW") else (False,):
         params = [*parameters(torch.float32, [(3,)]), *parameters(torch.bfloat16, [(3,)])]
         made = entry.cls(params, fused=fused, stochastic_rounding=True, **entry.kwargs)
         train(made, gradients(params, 3))
