@@ -34,9 +34,13 @@ def test_the_runs_meet_every_rule_with_every_transform_and_all_pairs():
         chains = [chain for e, chain, _ in RUNS.values() if e is entry]
         assert [] in chains
         assert {repr(f) for chain in chains for f in chain} == everything
-    for entries in ([ENTRIES["SGD"]], OPTIMIZERS[1:]):
-        met = {repr(c) for e, c, dtype in RUNS.values() if e in entries and dtype == torch.float32}
-        assert {repr(list(pair)) for pair in itertools.permutations(TRANSFORMS, 2)} <= met
+    single = [(e, c) for e, c, dtype in RUNS.values() if dtype == torch.float32]
+    met = {repr(chain) for entry, chain in single if entry is not ENTRIES["SGD"]}
+    assert {repr(list(pair)) for pair in itertools.permutations(TRANSFORMS, 2)} <= met
+    met = {repr(chain) for entry, chain in single if entry is ENTRIES["SGD"]}
+    exact = [agrlib.clip_value(0.7), agrlib.centralize, agrlib.agr]
+    assert {repr(list(pair)) for pair in itertools.product(exact, repeat=2)} <= met
+    assert {repr([transform, transform]) for transform in TRANSFORMS} <= met
     doubles = [(e.name, repr(c)) for e, c, dtype in RUNS.values() if dtype == torch.float64 and c]
     assert {name for name, _ in doubles} == set(CHAINS)
     for transform in everything:
