@@ -73,10 +73,10 @@ def check(expect, told=None, optimizer=None):
 def hits():
     """Whether a new process would find a function on the disk: the one that counts steps."""
     forget()
-    advance = kernels.load(kernels.CPU_STEPS, "steps").advance
+    read_steps = kernels.load(kernels.CPU_STEPS, "steps").read_steps
     none = np.zeros(0, np.int64), np.zeros(0, np.float32), np.float32(0)
-    kernels.first_call(advance, lambda: advance(*none))
-    return sum(advance.stats.cache_hits.values()) > 0
+    kernels.first_call(read_steps, lambda: read_steps(*none))
+    return sum(read_steps.stats.cache_hits.values()) > 0
 
 
 # --- compilers ----------------------------------------------------------------------------------
