@@ -66,6 +66,12 @@ def test_a_pair_sees_all_changes():
     assert made.compare() <= soak.TOLERANCE
 
 
+@pytest.fixture(autouse=True)
+def one_kernel(monkeypatch):
+    """Enough for what is tested in this process."""
+    monkeypatch.setattr(soak, "prepare", lambda draw, until: soak.CASES[:1])
+
+
 def options(**changes):
     return argparse.Namespace(**dict(minutes=30.0, threads=1, workers=0, seed=0) | changes)
 
@@ -83,7 +89,7 @@ def test_growing_memory_is_noticed(capsys):
 
 
 def test_silence_and_failing_workers_are_noticed(monkeypatch):
-    def fail(board, number, seed, deadline):
+    def fail(*arguments):
         raise ArithmeticError("no such number")
 
     monkeypatch.setattr(soak, "train", fail)
