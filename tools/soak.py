@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,19 +235,27 @@ class Board:
         return set(np.flatnonzero(time.monotonic() - self.rows[:, 0] > SILENCE).tolist())
 
 
-def cases(number: int, count: int, draw: random.Random) -> Iterator[tuple[Any, ...]]:
-    """Yield every case once, everyone beginning elsewhere, and then cases at random."""
-    first = number * len(CASES) // count
-    yield from CASES[first:] + CASES[:first]
-    while True:
-        yield draw.choice(CASES)
+def prepare(draw: random.Random, until: float) -> list[Any]:
+    """Make kernels, which forked processes have then too; return their cases, those made in time.
+
+    Those of the last chain are left for guests to make, and to be killed over.
+    """
+    threads, made = torch.get_num_threads(), []
+    torch.set_num_threads(1)  # a fork would lose the others
+    for case in CASES[: -len(METHODS)]:
+        Pair(case, draw).step()
+        made.append(case)
+        if time.monotonic() > until:
+            break
+    torch.set_num_threads(threads)
+    return made
 
 
-def train(board: Board, number: int, seed: int, deadline: float) -> None:
+def train(board: Board, number: int, cases: list[Any], seed: int, deadline: float) -> None:
     """Step pair after pair until the time is over, or until the first process is gone."""
     draw, parent = random.Random(1000 * seed + number), os.getppid()
-    for case in cases(number, len(board.rows), draw):
-        pair = Pair(case, draw)
+    while True:
+        pair = Pair(draw.choice(cases), draw)
         for _ in range(3):
             for _ in range(STRETCH):
                 pair.step()
@@ -287,9 +295,9 @@ def resident(pid: int) -> float:
 
 
 def visit(seed: int) -> None:
-    """What a guest does: a few comparisons."""
+    """What a guest does: a few comparisons, first of what nobody has made a kernel for."""
     draw = random.Random(seed)
-    for case in draw.sample(CASES, 3):
+    for case in (draw.choice(CASES[-len(METHODS) :]), *draw.sample(CASES, 2)):
         pair = Pair(case, draw)
         for _ in range(STRETCH):
             pair.step()
@@ -302,8 +310,10 @@ class Soak:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.start = options, time.monotonic()
         self.deadline = self.start + 60 * options.minutes
-        self.board = Board(options.threads + options.workers)
         self.draw = random.Random(options.seed)
+        self.cases = prepare(self.draw, self.start + 20 * options.minutes)
+        print(f"{len(self.cases)} kernels in {time.monotonic() - self.start:.0f} s", flush=True)
+        self.board = Board(options.threads + options.workers)
         self.failures: list[str] = []
         self.memory: list[list[float]] = []  # of this process and of each worker, every 5 seconds
         self.guests: dict[int, tuple[float, bool]] = {}  # until when, and whether killed then
@@ -319,7 +329,7 @@ class Soak:
         ]
 
     def train(self, number: int) -> None:
-        train(self.board, number, self.options.seed, self.deadline)
+        train(self.board, number, self.cases, self.options.seed, self.deadline)
 
     def try_to_train(self, number: int) -> None:
         """Train in a thread."""
@@ -354,8 +364,7 @@ class Soak:
         if passed > 60 * (self.minutes + 1):
             self.minutes += 1
             print(self.line(), flush=True)
-        imported = bool((self.board.rows[:, 1] > 0).all())  # none is in the middle of an import
-        if imported and passed > (self.visits + 1) * min(20.0, 15 * self.options.minutes):
+        if passed > 20 * self.options.minutes + self.visits * min(20.0, 10 * self.options.minutes):
             self.invite()
 
     def invite(self) -> None:
