@@ -74,7 +74,7 @@ def hits():
     """Whether a new process would find a function on the disk: the one that counts steps."""
     forget()
     read_steps = kernels.load(kernels.CPU_STEPS, "steps").read_steps
-    none = np.zeros(0, np.int64), np.zeros(0, np.float32), np.float32(0)
+    none = np.zeros(0, np.int64), np.zeros(0, np.float32)
     kernels.first_call(read_steps, lambda: read_steps(*none))
     return sum(read_steps.stats.cache_hits.values()) > 0
 
@@ -343,8 +343,8 @@ def test_default_device_and_type_change_nothing(dtype):
         options = dict(stochastic_rounding=dtype == torch.bfloat16, fused=True)
         param = torch.nn.Parameter(torch.linspace(-1, 1, 50, dtype=dtype))
         param.grad = torch.ones_like(param)
-        optimizer = agrlib.AdamW([param], **options, transforms=[agrlib.agr])
-        torch.manual_seed(0)
+        groups = [dict(params=[param], rounding_seed=3)]
+        optimizer = agrlib.AdamW(groups, **options, transforms=[agrlib.agr])
         try:
             torch.set_default_dtype(default)
             with torch.device(device):

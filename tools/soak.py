@@ -430,7 +430,7 @@ class Soak:
 def strangers(folder: Path) -> list[str]:
     """Return what is neither a kernel's source nor made of one."""
     known = {path.stem for path in folder.glob("cache/agrlib/*.py") if path.stat().st_size}
-    kinds = (".py", ".pyc", ".nbi", ".nbc")
+    kinds = (".py", ".pyc", ".nbi", ".nbc", ".sums")
     made = {
         path
         for path in folder.glob("cache/agrlib/**/*")
@@ -452,6 +452,14 @@ def inside(options: argparse.Namespace) -> int:
     os._exit(len(failures) > 0)  # threads that hang are not waited for
 
 
+def let_an_hour_pass(cache: Path) -> None:
+    """Make what killed processes have left half-written, and a file more, older than it is."""
+    for kept in list(cache.glob("agrlib/*.py"))[:1]:
+        kept.with_name(f"{kept.name}.tmp.0").touch()
+    for half in cache.glob("**/*.tmp.*"):
+        os.utime(half, (0, 0))
+
+
 def outside(arguments: Sequence[str]) -> list[str]:
     """Soak in a process with a cache and a temporary folder of its own; return what went wrong."""
     with tempfile.TemporaryDirectory(prefix="agrlib-soak-") as name:
@@ -463,6 +471,7 @@ def outside(arguments: Sequence[str]) -> list[str]:
         own |= dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "torch"))  # made by an import of torch's
         own |= dict(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path[1:]]))
         for command in ([__file__, "--inside", *arguments], ["-c", NEXT_START]):
+            let_an_hour_pass(folder / "cache")
             done = subprocess.run([sys.executable, *command], env={**os.environ, **own})
             if done.returncode:
                 wrong.append(f"status {done.returncode} of {command[0]}")
