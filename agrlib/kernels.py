@@ -31,6 +31,7 @@ import time
 import types
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_, itemgetter
 from pathlib import Path
@@ -1698,7 +1699,7 @@ class Glance:
     def __init__(self, batch: "Batch", states: list[dict[str, Tensor]]) -> None:
         found = description()
         assert found is not None
-        self.functions, self.batch, self.states = found, batch, states
+        self.functions, self.batch, self.states = found, weakref.proxy(batch), states
         self.run = load(CPU_STEPS, "steps").look
         self.single = [i for i, shape in enumerate(batch.shapes) if shape.numel() == 1]
         self.values = [[state[key] for state in states] for key in batch.keys]
@@ -2263,7 +2264,8 @@ class Plan:
     def __init__(
         self, optimizer: GradientMethod, params: list[Tensor], grads: list[Tensor | None]
     ) -> None:
-        self.optimizer, self.params = optimizer, params
+        self.optimizer: Any = weakref.proxy(optimizer)  # which holds the plan: no circle
+        self.params = params
         self.signature = signature_of(optimizer)
         self.missing = [grad is None for grad in grads]
         self.absent = [i for i, missing in enumerate(self.missing) if missing]

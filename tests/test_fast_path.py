@@ -463,6 +463,23 @@ def test_a_glance_sees_what_an_inspection_sees(disturb, monkeypatch):
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("many", [1, 10**9])
+def test_an_optimizer_that_nobody_holds_is_gone_with_its_state(many, monkeypatch):
+    """Python's collector of circles comes seldom, and state is large."""
+    monkeypatch.setattr(kernels, "MANY", many)
+    params = Way(True).parameters(torch.float32, [(4, 6), (3,)])
+    made = go(Way(True).optimizer(ADAMW, params, transforms=[agrlib.agr]))
+    feed(params, [torch.ones_like(p) for p in params])
+    made.step()
+    held = [weakref.ref(made), weakref.ref(made.state[params[0]]["exp_avg"])]
+    gc.disable()
+    try:
+        del made
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_tensors_of_other_classes_are_left_alone():
     class Own(torch.Tensor):
         pass
