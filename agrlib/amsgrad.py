@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, maximum, sqrt
 from torch.optim.optimizer import ParamsT
 
-from agrlib.optimizer import GradientMethod, Group, require
+from agrlib.optimizer import GradientMethod
+from agrlib.options import Group, require
 
 
 def amsgrad(

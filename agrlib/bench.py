@@ -36,7 +36,9 @@ import torch
 from torch import Tensor
 
 import agrlib
-from agrlib.optimizer import GradientMethod, Transform, state_dtype
+from agrlib.optimizer import GradientMethod
+from agrlib.precision import state_dtype
+from agrlib.transforms import Transform
 
 Step = Callable[[], Any]
 

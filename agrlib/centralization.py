@@ -4,7 +4,7 @@
 Derived in the chapter "Gradient centralization".
 """
 
-from agrlib.optimizer import transform
+from agrlib.transforms import transform
 
 
 def entry(grad):

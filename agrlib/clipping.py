@@ -8,7 +8,7 @@ from numbers import Real
 
 from torch import sqrt, where
 
-from agrlib.optimizer import Transform
+from agrlib.transforms import Transform
 
 
 def limit(grad, bound):

@@ -1,4 +1,3 @@
-# Exported from book/distributed.md: edit the chapter, not this file.
 """Totals of tensors whose parts lie on several processes: FSDP2, tensor parallel, HSDP.
 
 Derived in the chapter "Sums over shards".
@@ -7,19 +6,34 @@ Derived in the chapter "Sums over shards".
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # torch 2.4
-    from torch.distributed._tensor import DTensor  # type: ignore[attr-defined]
 
 
-def split_over(tensor: Tensor) -> list[ProcessGroup]:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, whose parts lie on several processes."""
+    return hasattr(type(tensor), "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placements(tensor: Tensor) -> Any:
+    """Return how a tensor is spread over processes; None for a plain one."""
+    return getattr(tensor, "placements", None)
+
+
+def gathered(total: Tensor) -> Tensor:
+    """Return the sum of a tensor that lies on several processes as a plain tensor."""
+    return total.full_tensor() if is_sharded(total) else total  # type: ignore[attr-defined]
+
+
+def split_over(tensor: Any) -> list[dist.ProcessGroup]:
     """Return the groups of processes that hold different parts of a tensor, one per mesh dimension.
 
     Along all other dimensions they hold copies, and adding copies up would count them twice.
@@ -32,7 +46,7 @@ def split_over(tensor: Tensor) -> list[ProcessGroup]:
 
     Source: chapter "Sums over shards".
     """
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return []
     if any(placement.is_partial() for placement in tensor.placements):
         raise RuntimeError("a Partial tensor is a sum that is still to be carried out")
@@ -41,7 +55,7 @@ def split_over(tensor: Tensor) -> list[ProcessGroup]:
     return [mesh.get_group(dimension) for dimension in split]
 
 
-def why_not(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None:
+def why_not(param: Any, tensors: Sequence[Any], rows: bool) -> str | None:
     """Say why the part of a DTensor that this process holds has no kernel, or None.
 
     Args:
@@ -49,22 +63,20 @@ def why_not(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None:
         tensors: its gradient and state.
         rows: whether a transform sums over rows.
     """
-    assert isinstance(param, DTensor)
     for tensor in tensors:
-        if isinstance(tensor, DTensor) and any(p.is_partial() for p in tensor.placements):
+        if is_sharded(tensor) and any(p.is_partial() for p in tensor.placements):
             return "a gradient is Partial, a sum that is still to be carried out"
-        if not isinstance(tensor, DTensor) or tensor.placements != param.placements:
+        if not is_sharded(tensor) or tensor.placements != param.placements:
             return "a gradient or state is placed otherwise than its parameter"
     if rows and any(getattr(place, "dim", 0) != 0 for place in param.placements):
         return "the rows of a parameter are split between processes"
     return None
 
 
-def map_part(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def map_part(function: Callable[[Tensor], Tensor], tensor: Any) -> Tensor:
     """Apply an elementwise function to the part of a DTensor that this process holds."""
-    assert isinstance(tensor, DTensor)
     part, form = function(tensor.to_local()), (tensor.device_mesh, tensor.placements)
-    return DTensor.from_local(part, *form, shape=tensor.shape, stride=tensor.stride())
+    return type(tensor).from_local(part, *form, shape=tensor.shape, stride=tensor.stride())
 
 
 def shard_number(tensor: Tensor) -> int:
@@ -75,7 +87,12 @@ def shard_number(tensor: Tensor) -> int:
     return number
 
 
-def places_of(tensors: Sequence[tuple[int, Tensor]]) -> dict[ProcessGroup, Tensor]:
+def part_number(tensor: Tensor) -> int:
+    """Return a number of the part that this process holds, in the bits above those of indices."""
+    return shard_number(tensor) << 32 if is_sharded(tensor) else 0
+
+
+def places_of(tensors: Sequence[tuple[int, Tensor]]) -> dict[dist.ProcessGroup, Tensor]:
     """Return, for each group of processes, the places of the tensors that are split among it.
 
     Two processes may hold their tensors in different orders: a kernel takes tensors together by the
@@ -86,7 +103,7 @@ def places_of(tensors: Sequence[tuple[int, Tensor]]) -> dict[ProcessGroup, Tenso
 
     Source: chapter "Sums over shards".
     """
-    found: dict[ProcessGroup, list[int]] = {}
+    found: dict[dist.ProcessGroup, list[int]] = {}
     for place in sorted(range(len(tensors)), key=lambda place: tensors[place][0]):
         for group in split_over(tensors[place][1]):
             found.setdefault(group, []).append(place)
@@ -96,7 +113,7 @@ def places_of(tensors: Sequence[tuple[int, Tensor]]) -> dict[ProcessGroup, Tenso
     }
 
 
-def add_totals(places: dict[ProcessGroup, Tensor], totals: Sequence[Tensor]) -> None:
+def add_totals(places: dict[dist.ProcessGroup, Tensor], totals: Sequence[Tensor]) -> None:
     """Add up the totals of parts to totals of tensors, in place: one all-reduce per group.
 
     Args:

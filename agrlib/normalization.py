@@ -6,7 +6,7 @@ Derived in the chapter "Gradient normalization".
 
 from torch import sqrt
 
-from agrlib.optimizer import transform
+from agrlib.transforms import transform
 
 
 def squared_magnitude(grad):

@@ -12,7 +12,8 @@ from torch import Tensor, maximum, sqrt
 from torch import pow as power
 from torch.optim.optimizer import ParamsT
 
-from agrlib.optimizer import GradientMethod, Group, require
+from agrlib.optimizer import GradientMethod
+from agrlib.options import Group, require
 
 
 def padam(

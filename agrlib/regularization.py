@@ -6,7 +6,7 @@ Derived in the chapter "Adaptive gradient regularization".
 
 from torch import where
 
-from agrlib.optimizer import transform
+from agrlib.transforms import transform
 
 
 def magnitude(grad):

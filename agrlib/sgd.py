@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from agrlib.optimizer import GradientMethod, Group, require
+from agrlib.optimizer import GradientMethod
+from agrlib.options import Group, require
 
 
 def descend(grad, param, lr):

@@ -1,0 +1,143 @@
+"""What a parameter group may hold, and every check of it, of parameters and of gradients.
+
+Derived in the chapter "What a group may hold".
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+
+
+NUMBERS = (
+    *("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "partial"),
+    *("lr_decay", "initial_accumulator_value"),
+)
+
+
+class Method(Protocol):
+    """What the modules below `optimizer` know of an optimizer."""
+
+    param_groups: list[Group]
+    defaults: Group
+    state: Any
+    counts_steps: bool
+    weight_decay_acts_on: str
+
+    def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]: ...
+
+    def scalars(self, group: Group, lr: Any, step: Any) -> tuple[Any, ...]: ...
+
+    def initial_value(self, group: Group, key: str) -> float: ...
+
+
+def require(valid: bool, what: str, value: Any) -> None:
+    """Raise torch.optim's ValueError for a hyperparameter that is out of range."""
+    if not valid:
+        raise ValueError(f"Invalid {what}: {value}")
+
+
+def described(value: Any) -> str:
+    """Show a value with its type: some print like what would have been right."""
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def check_numbers(group: Group) -> None:
+    """Refuse numbers of a kind that would fail in the middle of a step."""
+    betas = group.get("betas", ())
+    if not isinstance(betas, tuple | list):
+        raise TypeError(f"betas must be a tuple of numbers, not {described(betas)}")
+    numbers = [(name, group[name]) for name in NUMBERS if name in group]
+    numbers += [(f"betas[{i}]", beta) for i, beta in enumerate(betas)]
+    for name, value in numbers:
+        if type(value) is not float and not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} must be a number, not {described(value)}")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+
+
+def check_types(group: Group) -> None:
+    """Refuse options of a kind that would fail in the middle of a step."""
+    check_numbers(group)
+    dtype = group["state_dtype"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        what = described(dtype)
+        raise ValueError(f"Invalid state_dtype: {what}; use None or a floating-point torch.dtype")
+
+
+def as_number(value: Tensor) -> Any:
+    """Return a one-element tensor as a number, or without axes where it must stay a tensor."""
+    plain = type(value) in (Tensor, torch.nn.Parameter) and value.device.type == "cpu"
+    if plain and not torch.is_grad_enabled():
+        with contextlib.suppress(RuntimeError):  # under a mode that only follows shapes
+            return value.item()
+    return value.double().reshape(())
+
+
+def with_numbers(group: Group, number: Callable[[Tensor], Any] = as_number) -> Group:
+    """Return a group whose options are numbers where they were tensors of one element."""
+    found = {name: number(value) for name, value in group.items() if isinstance(value, Tensor)}
+    betas = group.get("betas", ())
+    if any(isinstance(beta, Tensor) for beta in betas):
+        found["betas"] = tuple(number(b) if isinstance(b, Tensor) else b for b in betas)
+    return {**group, **found} if found else group
+
+
+def check_way(group: Group) -> None:
+    """Refuse ways to run a step that do not exist."""
+    if group["foreach"]:
+        raise RuntimeError("foreach=True is not supported: leave it out")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("fused=True and differentiable=True exclude each other: leave out fused")
+
+
+def check_options(group: Group) -> None:
+    """Refuse what no method can work with; NaN fails every comparison below."""
+    check_types(group)
+    require(0.0 <= group["lr"] < math.inf, "learning rate", group["lr"])
+    require(0.0 <= group["weight_decay"] < math.inf, "weight_decay value", group["weight_decay"])
+    if "eps" in group:
+        require(0.0 <= group["eps"] < math.inf, "epsilon value", group["eps"])
+    for i, beta in enumerate(group.get("betas", ())):
+        require(0.0 <= beta < 1.0, f"beta parameter at index {i}", beta)
+    check_way(group)
+
+
+def try_options(method: Method, group: Group) -> None:
+    """Let the method's own options fail before anything is written."""
+    method.update_rule(group)
+    try:
+        method.scalars(group, 1.0, 1)
+    except ZeroDivisionError as error:
+        betas = group.get("betas", ())
+        if 1 not in betas:
+            raise
+        raise ZeroDivisionError(f"a beta of 1 has no bias correction: betas={betas}") from error
+
+
+def dense(grad: Tensor) -> Tensor:
+    """Return the gradient, refusing a sparse one."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            "agrlib does not support sparse gradients: build the embedding with sparse=False"
+        )
+    return grad
+
+
+def check_params(params: Iterable[Tensor], differentiable: bool) -> None:
+    """Refuse, before anything is written, parameters and gradients of a wrong kind."""
+    for param in params:
+        dense(param.grad)  # type: ignore[arg-type]
+        if not (param.is_floating_point() or param.is_complex()):
+            raise RuntimeError(f"parameters of type {param.dtype} cannot be optimized")
+        if differentiable and param.is_leaf and param.requires_grad:
+            raise RuntimeError(
+                "differentiable=True cannot overwrite a leaf that requires grad: "
+                "optimize a clone of it, so that autograd can record the step"
+            )
