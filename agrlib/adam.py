@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from agrlib.amsgrad import amsgrad
 from agrlib.optimizer import GradientMethod
-from agrlib.options import Group
+from agrlib.checks import Group
 
 
 def adam(grad, param, exp_avg, exp_avg_sq, beta1, weight1, beta2, weight2, step_size, root2, eps):

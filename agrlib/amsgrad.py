@@ -12,7 +12,7 @@ from torch import Tensor, maximum, sqrt
 from torch.optim.optimizer import ParamsT
 
 from agrlib.optimizer import GradientMethod
-from agrlib.options import Group, require
+from agrlib.checks import Group, require
 
 
 def amsgrad(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from agrlib.checkpoint import outside_graphs
-from agrlib.options import dense
+from agrlib.checks import dense
 from agrlib.transforms import Chain, run_chains
 
 

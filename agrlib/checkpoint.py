@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from agrlib.options import Group
+from agrlib.checks import Group
 from agrlib.precision import state_dtype
 from agrlib.transforms import Chain
 

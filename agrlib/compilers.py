@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from agrlib.arithmetic import Changed, Unsupported
-from agrlib.options import Group
+from agrlib.checks import Group
 
 NUMBA = """
 import numpy as np

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agrlib.batch import Batch, numbers_of, seeds_of
 from agrlib.compilers import NUMBA, first_call, load
-from agrlib.options import with_numbers
+from agrlib.checks import with_numbers
 from agrlib.program import (
     Program,
     constants_of,

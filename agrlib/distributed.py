@@ -137,8 +137,8 @@ def made_by_zero() -> bool:
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     cls = getattr(module, "ZeroRedundancyOptimizer", None)
     code = getattr(getattr(cls, "_init_local_optimizer", None), "__code__", None)
-    frame = inspect.currentframe()
-    while frame is not None and code is not None:
+    frame = inspect.currentframe() if code is not None else None
+    while frame is not None:
         if frame.f_code is code:
             return bool(frame.f_locals["self"].world_size > 1)
         frame = frame.f_back

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agrlib.distributed import part_number
-from agrlib.options import Group, Method, as_number, check_params, with_numbers
+from agrlib.checks import Group, Method, as_number, check_params, with_numbers
 from agrlib.precision import (
     as_real,
     first_state,

@@ -15,7 +15,7 @@ from torch import Tensor
 from agrlib.batch import Batch, items_of, numbers_of, seeds_of
 from agrlib.compilers import first_call, interpreting, load
 from agrlib.layout import is_aligned
-from agrlib.options import with_numbers
+from agrlib.checks import with_numbers
 from agrlib.program import (
     Program,
     constants_of,

@@ -14,7 +14,7 @@ from agrlib.checkpoint import RecordedOptimizer, keep_step_outside_graphs
 from agrlib.compilers import refuse_devices
 from agrlib.distributed import made_by_zero
 from agrlib.eager import shape_gradients, update_all
-from agrlib.options import (
+from agrlib.checks import (
     Group,
     check_options,
     check_types,
@@ -23,7 +23,7 @@ from agrlib.options import (
     try_options,
     with_numbers,
 )
-from agrlib.plan import WORTH_COMPILING, Plan, plan_for
+from agrlib.plan import plan_for
 from agrlib.precision import seed_rounding
 from agrlib.transforms import Chain, check_reach, parts_of_groups
 
@@ -39,21 +39,6 @@ def prepare(method: "GradientMethod", group: Group) -> None:
     seed_rounding(group)
 
 
-def plan_step(
-    method: "GradientMethod", params: list[Tensor], grads: list[Tensor | None]
-) -> Plan | None:
-    """Return the part of compiled kernels in this step; None leaves all to the eager way."""
-    ways = {group["fused"] for group in method.param_groups}
-    if ways <= {False} or method.defaults["differentiable"]:
-        return None
-    last = method.__dict__.pop("_plan", None)
-    small = last is None and sum(p.numel() for p in params) < WORTH_COMPILING
-    if small and True not in ways:
-        return None
-    plan = method.__dict__["_plan"] = plan_for(method, last, params, grads)
-    return plan if plan.batches else None
-
-
 def run(method: "GradientMethod") -> None:
     """Check everything, transform every gradient, and only then write."""
     for group in method.param_groups:
@@ -61,7 +46,7 @@ def run(method: "GradientMethod") -> None:
     params = [p for group in method.param_groups for p in group["params"]]
     grads = [p.grad for p in params]
     scale, found_inf = (getattr(method, name, None) for name in ("grad_scale", "found_inf"))
-    plan = plan_step(method, params, grads)
+    plan = plan_for(method, params, grads)
     rest = parts_of_groups(method.param_groups, grads) if plan is None else plan.rest
     skips_itself = plan is not None and plan.on_gpu and not rest
     if found_inf is not None and not skips_itself and bool(found_inf):

@@ -13,7 +13,7 @@ from torch import pow as power
 from torch.optim.optimizer import ParamsT
 
 from agrlib.optimizer import GradientMethod
-from agrlib.options import Group, require
+from agrlib.checks import Group, require
 
 
 def padam(

@@ -19,7 +19,7 @@ from agrlib.cpu import CPUBatch
 from agrlib.distributed import add_totals, is_sharded, local, part_number, places_of
 from agrlib.gpu import GPUBatch
 from agrlib.layout import is_aligned, like_param, obstacle
-from agrlib.options import Group, Method, check_params, with_numbers
+from agrlib.checks import Group, Method, check_params, with_numbers
 from agrlib.precision import first_state, state_dtype, widened
 from agrlib.program import Program, Recipe, named, power_of, recipe_of, stage_of
 from agrlib.transforms import Part, Transform, over_all, parts_of_groups
@@ -422,8 +422,15 @@ class Plan:
             batch.run(alone=batch in self.alone)
 
 
-def plan_for(
-    method: Method, last: Plan | None, params: list[Tensor], grads: list[Tensor | None]
-) -> Plan:
-    """Return the plan of a step: the last one if it still fits."""
-    return last if last is not None and last.fits(params, grads) else Plan(method, grads)
+def plan_for(method: Method, params: list[Tensor], grads: list[Tensor | None]) -> Plan | None:
+    """Return the plan of a step, the last one if it still fits; None if no kernel has a part."""
+    ways = {group["fused"] for group in method.param_groups}
+    if ways <= {False} or method.defaults["differentiable"]:
+        return None
+    last = method.__dict__.pop("_plan", None)
+    small = last is None and sum(p.numel() for p in params) < WORTH_COMPILING
+    if small and True not in ways:
+        return None
+    fits = last is not None and last.fits(params, grads)
+    plan = method.__dict__["_plan"] = last if fits else Plan(method, grads)
+    return plan if plan.batches else None

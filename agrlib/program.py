@@ -13,7 +13,7 @@ import torch
 
 from agrlib.arithmetic import Unsupported, exponents, read, text_of
 from agrlib.compilers import refuse
-from agrlib.options import Group, Method, with_numbers
+from agrlib.checks import Group, Method, with_numbers
 from agrlib.transforms import Chain, Transform
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, sqrt, where
 from torch.optim.optimizer import ParamsT
 
 from agrlib.optimizer import GradientMethod
-from agrlib.options import Group, require
+from agrlib.checks import Group, require
 
 
 def rmsprop(grad, param, square_avg, lr, alpha, weight, eps):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from agrlib.distributed import gathered
-from agrlib.options import Group, dense, described
-from agrlib.precision import PART, add_up, parts_of, widen
+from agrlib.checks import Group, dense, described
+from agrlib.precision import add_up, parts_of, widen
 
 
 def found_at(module: str, path: str) -> Any:
@@ -97,7 +97,7 @@ def apply_to(transform: "Transform", value: Tensor, *extra: Any) -> Tensor:
     if len(parts) < 2:
         return transform.apply(value, *extra)
     result = torch.empty_like(value)
-    for (part,), target in zip(parts, result.view(-1).split(PART), strict=True):
+    for (part,), target in zip(parts, result.view(-1).split(parts[0][0].numel()), strict=True):
         target.copy_(transform.apply(part, *extra))
     return result
 

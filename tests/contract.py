@@ -125,7 +125,7 @@ def members(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def seed(number: int) -> None:
     """Seed as in a process of its own: every group that rounds takes the next number."""
     torch.manual_seed(number)
-    agrlib.optimizer.seeded.clear()
+    agrlib.precision.seeded.clear()
 
 
 def feed(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:

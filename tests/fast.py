@@ -31,15 +31,15 @@ from contract import seed as set_seed
 from torch import Tensor
 
 import agrlib
-from agrlib import kernels
+from agrlib import compilers, cpu, eager, gpu, threads
 
 ENTRIES = {entry.name: entry for entry in OPTIMIZERS}
 STEPS = 100
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 SMALL = [(1,), (17,), (123, 5), (), (0,), (2, 3, 2, 2)]
 SMALLER = [(17,), (2, 3)]  # the interpreter takes 10 ms for each tensor of a step
-CHUNK = kernels.CHUNK
-LARGE = [(CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (kernels.SMALL + 1,), (3, CHUNK + 1), (257, 65)]
+CHUNK = threads.CHUNK
+LARGE = [(CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (threads.SMALL + 1,), (3, CHUNK + 1), (257, 65)]
 
 
 def gentle(entry: Entry) -> dict[str, Any]:
@@ -85,8 +85,17 @@ class Way(NamedTuple):
 
 def guard(optimizer: Any) -> Any:
     """Let every use of the eager rule raise."""
-    optimizer._update = None
+    optimizer.never_eager = True
     return optimizer
+
+
+def update(optimizer: Any, *arguments: Any, way: Any = eager.update) -> None:
+    if getattr(optimizer, "never_eager", False):
+        raise TypeError("the eager rule ran")
+    way(optimizer, *arguments)
+
+
+eager.update = update
 
 
 def stream(optimizer: Any, steps: int, seed: int = 1) -> Iterator[list[Tensor]]:
@@ -100,12 +109,12 @@ def stream(optimizer: Any, steps: int, seed: int = 1) -> Iterator[list[Tensor]]:
 def check_ran(optimizer: Any) -> None:
     """Kernels of the right kind have updated every parameter that has a gradient."""
     batches = optimizer.__dict__["_plan"].batches
-    taken = [param for batch in batches for param in batch.params]
+    taken = [param for batch in batches for param in batch.layout.params]
     assert {id(p) for p in taken} == {id(p) for p in members(optimizer) if p.grad is not None}
     assert len(taken) == len(set(map(id, taken))) > 0
     for batch in batches:
-        triton = batch.device.type == "cuda" or kernels.interpreting()
-        assert type(batch) is (kernels.GPUBatch if triton else kernels.CPUBatch)
+        triton = batch.device.type == "cuda" or compilers.interpreting()
+        assert type(batch) is (gpu.GPUBatch if triton else cpu.CPUBatch)
 
 
 # --- comparison ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch
 from contract import OPTIMIZERS, TRANSFORMS, options
 
 import agrlib
-from agrlib import Transform, kernels, optimizer
+from agrlib import Transform, arithmetic, gpu, optimizer, program
 
 PRIMITIVES = {"sqrt", "abs", "maximum", "where", "power"}
 SIZE = 257
@@ -104,7 +104,7 @@ def collect() -> dict[str, Rule]:
     found = itertools.chain(
         update_rules(),
         *map(declared, sorted(transforms, key=repr)),
-        [Rule(optimizer.decay_gradient, 2, [(0.1,)]), Rule(optimizer.decay_parameter, 1, [(0.1,)])],
+        [Rule(program.decay_gradient, 2, [(0.1,)]), Rule(program.decay_parameter, 1, [(0.1,)])],
     )
     rules: dict[str, Rule] = {}
     for rule in found:
@@ -125,8 +125,8 @@ def tree(function: Callable[..., Any]) -> ast.FunctionDef:
 
 
 def triton_source(rules: dict[str, Rule]) -> str:
-    """The rules as agrlib.kernels writes them, each with a kernel of its own around it."""
-    parts = [kernels.GPU_HEADER.format(**kernels.GPU_FLOAT32), kernels.GPU_POWER]
+    """The rules as agrlib.program writes them, each with a kernel of its own around it."""
+    parts = [gpu.GPU_HEADER.format(**gpu.GPU_FLOAT32), gpu.GPU_POWER]
     for name, rule in rules.items():
         flat = name.replace(".", "_")
         result = rule.function(*rule.inputs(torch.float32), *rule.scalars[0])
@@ -136,7 +136,7 @@ def triton_source(rules: dict[str, Rule]) -> str:
         loads = [f"tl.load({t} + i, mask=i < size, other=1.0)" for t in tensors]
         stores = [f"    tl.store({r}_ptr + i, {r}, mask=i < size)" for r in results]
         pointers = [*tensors, *(f"{r}_ptr" for r in results)]
-        parts.append(kernels.text_of(rule.function, flat, "@triton.jit", exact_division=True))
+        parts.append(arithmetic.text_of(rule.function, flat, "@triton.jit", exact_division=True))
         parts.append(
             f"@triton.jit\ndef run_{flat}({', '.join(pointers + scalars)}, size, "
             "BLOCK: tl.constexpr):\n    i = tl.arange(0, BLOCK)\n"

@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import agrlib
-from agrlib import distributed, kernels, optimizer
+from agrlib import compilers, distributed, plan
 
 CHAINS = {
     "none": [],
@@ -424,7 +424,7 @@ def checks(world: int, folder: Path):
     rank = dist.get_rank()
     line = init_device_mesh("cpu", (world,))
     each = functools.partial
-    if kernels.interpreting():
+    if compilers.interpreting():
         for chain in ("gc-agr", "agr-global"):
             yield f"fsdp AdamW {chain} True", each(fsdp, line, "AdamW", chain, True)
         yield "different orders", each(different_orders, line)
@@ -478,7 +478,7 @@ def checks(world: int, folder: Path):
 def main(rank: int, world: int, folder: Path, name: str = "") -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    optimizer.WORTH_COMPILING = kernels.WORTH_COMPILING = 0  # fused=None decides by what it can
+    agrlib.plan.WORTH_COMPILING = 0  # fused=None decides by what it can
     store, limit = f"file://{folder}/store-{world}", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
     found: dict[str, Any] = {}

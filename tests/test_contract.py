@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import agrlib
 from agrlib import GradientMethod
-from agrlib.optimizer import noise_seed, round_stochastically
+from agrlib.precision import noise_seed, round_stochastically
 
 HALF = [torch.bfloat16, torch.float16]
 NAN, INF = math.nan, math.inf
@@ -1299,7 +1299,7 @@ def test_a_large_tensor_in_parts_is_updated_like_a_whole_one(entry, kind, monkey
     results = []
     for part in (1000, 10**9):
         seed(0)
-        monkeypatch.setattr(agrlib.optimizer, "PART", part)
+        monkeypatch.setattr(agrlib.precision, "PART", part)
         params = parameters(kind, [(64, 40), (3, 5)])
         more = dict(transforms=[agrlib.agr, agrlib.clip_global_norm(0.5)], maximize=True)
         more |= dict(stochastic_rounding=kind == torch.bfloat16)
@@ -1315,7 +1315,7 @@ def scaled_by_its_norm(grad, param, lr):
 
 def test_only_functions_of_numbers_are_applied_to_parts(monkeypatch):
     """A user's rule may see the whole tensor; it has no kernel, but it has eager steps."""
-    monkeypatch.setattr(agrlib.optimizer, "PART", 10)
+    monkeypatch.setattr(agrlib.precision, "PART", 10)
 
     class Scaled(agrlib.SGD):
         def update_rule(self, group):
@@ -1332,8 +1332,8 @@ def test_only_functions_of_numbers_are_applied_to_parts(monkeypatch):
 
 @torch.no_grad()
 def test_what_is_cut_into_parts(monkeypatch):
-    monkeypatch.setattr(agrlib.optimizer, "PART", 10)
-    cut, rule = agrlib.optimizer.parts_of, agrlib.sgd.descend
+    monkeypatch.setattr(agrlib.precision, "PART", 10)
+    cut, rule = agrlib.precision.parts_of, agrlib.sgd.descend
     a, b = torch.arange(24.0).reshape(4, 6), torch.ones(4, 6)
     parts = list(cut(rule, a, b))
     assert [part.tolist() for part, _ in parts] == [
@@ -1436,7 +1436,7 @@ def itself(grad):
     ids=["unhashable", "wrapped", "total"],
 )
 def test_transforms_of_large_tensors_may_be_anything(made, expected, monkeypatch):
-    monkeypatch.setattr(agrlib.optimizer, "PART", 10)
+    monkeypatch.setattr(agrlib.precision, "PART", 10)
     param = torch.nn.Parameter(torch.zeros(100))
     step(agrlib.SGD([param], lr=1.0, fused=False, transforms=[made]), [torch.ones(100)])
     torch.testing.assert_close(param.detach(), torch.full((100,), -expected))

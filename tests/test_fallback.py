@@ -17,7 +17,7 @@ import torch
 from contract import content
 
 import agrlib
-from agrlib import kernels
+from agrlib import arithmetic, compilers, cpu
 
 numba = pytest.importorskip("numba", reason="numba has no wheel for this platform")
 ENTRIES = 70_000  # more than it takes for fused=None to compile
@@ -26,10 +26,10 @@ ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 def forget():
     """What a new process does not know."""
-    kernels.load.cache_clear()
-    kernels.import_error.cache_clear()
-    kernels.WARNED.clear()
-    kernels.FAILED.clear()
+    compilers.load.cache_clear()
+    compilers.import_error.cache_clear()
+    compilers.WARNED.clear()
+    compilers.FAILED.clear()
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def check(expect, told=None, optimizer=None):
 def hits():
     """Whether a new process would find a function on the disk: the one that counts steps."""
     forget()
-    read_steps = kernels.load(kernels.CPU_STEPS, "steps").read_steps
+    read_steps = compilers.load("\n\n".join((compilers.NUMBA, cpu.READ_STEPS)), "steps").read_steps
     none = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    kernels.first_call(read_steps, lambda: read_steps(*none))
+    compilers.first_call(read_steps, lambda: read_steps(*none))
     return sum(read_steps.stats.cache_hits.values()) > 0
 
 
@@ -120,12 +120,12 @@ def break_kernels(monkeypatch, spoiled=lambda program: True):
     """Let numba meet an unknown name in some kernels; return the programs that it was given."""
     given = []
 
-    def source(program, real=kernels.cpu_source):
+    def source(program, real=cpu.cpu_source):
         given.append(program)
         text = real(program)
         return text.replace("rule(x, p", "unknown(x, p") if spoiled(program) else text
 
-    monkeypatch.setattr(kernels, "cpu_source", source)
+    monkeypatch.setattr(cpu, "cpu_source", source)
     return given
 
 
@@ -133,13 +133,13 @@ def test_a_kernel_that_does_not_compile(home, monkeypatch):
     break_kernels(monkeypatch)
     optimizer = check("eager", "unknown")
     assert not optimizer.__dict__["_plan"].pending
-    monkeypatch.setattr(kernels, "compile_numba", None)
+    monkeypatch.setattr(compilers, "compile_numba", None)
     check("eager")  # neither compiled again nor told again
     demanding = make(True, momentum=0.9)
     before = content(demanding)
     with pytest.raises(RuntimeError, match="fused=True: a kernel cannot be compiled") as caught:
         demanding.step()
-    assert isinstance(caught.value.__cause__, kernels.Unsupported)
+    assert isinstance(caught.value.__cause__, arithmetic.Unsupported)
     assert content(demanding) == before
 
 
@@ -160,8 +160,8 @@ def test_what_shares_a_total_with_a_kernel_that_failed_goes_the_eager_way_too(ho
 
 TRITON = """
 import warnings, torch, agrlib
-from agrlib import kernels
-kernels.GPU_HEADER = kernels.GPU_HEADER.replace("tl.program_id(0)", "tl.nothing(0)")
+from agrlib import arithmetic, compilers, cpu, gpu
+gpu.GPU_HEADER = gpu.GPU_HEADER.replace("tl.program_id(0)", "tl.nothing(0)")
 for fused in (None, True):
     param = torch.nn.Parameter(torch.zeros(70_000))
     param.grad = torch.ones(70_000)
@@ -272,7 +272,7 @@ def plant(home):
         path.write_bytes(pickle.dumps(Planted(home / "trace")))
     for record in home.rglob("*.sums"):
         files = [p for p in record.parent.glob(f"{record.stem}-*") if p != record]
-        record.write_text(json.dumps(kernels.checksums(sorted(files))))
+        record.write_text(json.dumps(compilers.checksums(sorted(files))))
     return [path for path in home.rglob("*") if path.suffix in (".nbi", ".nbc", ".sums")]
 
 
@@ -306,7 +306,7 @@ def test_whatever_the_umask_nobody_else_may_write(home):
     try:
         assert not hits()
         made = [path for path in home.rglob("*") if path.suffix != ".py"]
-        assert len(made) > 3 and all(map(kernels.is_own, made))
+        assert len(made) > 3 and all(map(compilers.is_own, made))
         assert (home / "agrlib").stat().st_mode & 0o777 == 0o700
         (home / "agrlib").chmod(0o777)
         assert hits()
@@ -328,7 +328,7 @@ def test_what_killed_processes_left_is_removed(home):
     old, new = (index.with_name(f"{index.name}.tmp.{name}") for name in ("old", "new"))
     for path in (old, new):
         path.touch()
-    os.utime(old, (time.time() - 2 * kernels.HOUR,) * 2)
+    os.utime(old, (time.time() - 2 * compilers.HOUR,) * 2)
     assert hits()
     assert new.exists() and not old.exists()
 

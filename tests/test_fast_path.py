@@ -32,7 +32,7 @@ from fast import (
 )
 
 import agrlib
-from agrlib import kernels, optimizer
+from agrlib import arithmetic, glance, plan, precision, program
 
 pytest.importorskip("numba", reason="numba has no wheel for this platform")
 ADAMW, SGD = ENTRIES["AdamW"], ENTRIES["SGD-heavy-ball"]
@@ -46,9 +46,9 @@ methods = pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name
 @pytest.fixture(params=["glance", "inspect"])
 def looks(request, monkeypatch):
     """A batch looks at its tensors through DLPack, or asks PyTorch about each."""
-    if request.param == "glance" and kernels.description() is None:
+    if request.param == "glance" and glance.description() is None:
         pytest.skip("this PyTorch hands out no function that describes a tensor")
-    monkeypatch.setattr(kernels, "MANY", 1 if request.param == "glance" else 10**9)
+    monkeypatch.setattr(glance, "MANY", 1 if request.param == "glance" else 10**9)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -127,7 +127,7 @@ def test_the_way_may_change_between_steps(entry):
 
 def test_none_takes_kernels_from_a_number_of_parameters_on():
     for missing in (1, 0):
-        shapes = [(optimizer.WORTH_COMPILING - 10 - missing,), (10,)]
+        shapes = [(plan.WORTH_COMPILING - 10 - missing,), (10,)]
         made = SGD.cls(Way(False).parameters(torch.float32, shapes), **gentle(SGD))
         go(made, 1)
         assert ("_plan" in made.__dict__) == (not missing)
@@ -145,7 +145,7 @@ def test_none_leaves_to_eager_steps_what_no_kernel_takes():
 
     fast, eager = make(None), make(False)
     [batch] = fast.__dict__["_plan"].batches
-    assert [tuple(param.shape) for param in batch.params] == [MANY]
+    assert [tuple(param.shape) for param in batch.layout.params] == [MANY]
     measured = compare(fast, eager)
     assert max(measured["params"], measured["state"]) <= 2e-6
 
@@ -428,7 +428,7 @@ def test_a_rule_made_anew_in_each_step_keeps_nothing_alive():
         def scalars(self, group, lr, step):
             return (lr,)
 
-    for fused, size in ((True, 3), (False, optimizer.PART + 1)):
+    for fused, size in ((True, 3), (False, precision.PART + 1)):
         param = torch.nn.Parameter(torch.ones(size))
         made = Nested([param], fused=fused)
         for _ in range(3):
@@ -441,23 +441,23 @@ def test_a_rule_made_anew_in_each_step_keeps_nothing_alive():
 
 @pytest.mark.parametrize("disturb", DISTURBANCES.values(), ids=list(DISTURBANCES))
 def test_a_glance_sees_what_an_inspection_sees(disturb, monkeypatch):
-    if kernels.description() is None:
+    if glance.description() is None:
         pytest.skip("this PyTorch hands out no function that describes a tensor")
     seen, steps = [], []
     for many in (1, 10**9):
-        monkeypatch.setattr(kernels, "MANY", many)
+        monkeypatch.setattr(glance, "MANY", many)
         params = Way(True).parameters(torch.float32, [(4, 6), (1,)])
         made = go(Way(True).optimizer(ADAMW, params))
         feed(params, [torch.ones_like(p) for p in params])
         made.step()
         [batch] = made.__dict__["_plan"].batches
-        assert (batch.glance is not None) == (many == 1)
+        assert (batch.lookup.glance is not None) == (many == 1)
         disturb(made, params[0])
         grads = [param.grad for param in params]
         fits = batch.point(grads)
-        now = [params, grads, *([made.state[p].get(k) for p in params] for k in batch.keys)]
+        now = [params, grads, *([made.state[p].get(k) for p in params] for k in batch.lookup.keys)]
         if fits:
-            assert batch.addresses.tolist() == [[x.data_ptr() for x in row] for row in now]
+            assert batch.lookup.addresses.tolist() == [[x.data_ptr() for x in row] for row in now]
             steps.append(batch.read_steps(batch.step_addresses, batch.steps))
         seen.append((fits, batch.steps.tolist()))
     assert seen[0] == seen[1]
@@ -466,7 +466,7 @@ def test_a_glance_sees_what_an_inspection_sees(disturb, monkeypatch):
 @pytest.mark.parametrize("many", [1, 10**9])
 def test_an_optimizer_that_nobody_holds_is_gone_with_its_state(many, monkeypatch):
     """Python's collector of circles comes seldom, and state is large."""
-    monkeypatch.setattr(kernels, "MANY", many)
+    monkeypatch.setattr(glance, "MANY", many)
     params = Way(True).parameters(torch.float32, [(4, 6), (3,)])
     made = go(Way(True).optimizer(ADAMW, params, transforms=[agrlib.agr]))
     feed(params, [torch.ones_like(p) for p in params])
@@ -733,8 +733,8 @@ def hidden(grad, param, lr):
     [(empty, "followed by one return"), (hidden, "names a variable divide")],
 )
 def test_functions_that_are_no_rules(function, message):
-    with pytest.raises(kernels.Unsupported, match=message):
-        kernels.read(function)
+    with pytest.raises(arithmetic.Unsupported, match=message):
+        arithmetic.read(function)
 
 
 @every
@@ -742,5 +742,5 @@ def test_every_rule_has_a_kernel(entry):
     """None of the library's classes goes the eager way unnoticed."""
     param = torch.nn.Parameter(torch.ones(3))
     made = entry.cls([param], fused=True, **entry.kwargs)
-    recipe = kernels.recipe_of(made, made.param_groups[0])
+    recipe = program.recipe_of(made, made.param_groups[0])
     assert recipe.eager == ()

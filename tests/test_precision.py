@@ -21,7 +21,7 @@ from fast import (
 )
 
 import agrlib
-from agrlib import kernels
+from agrlib import cpu
 
 pytest.importorskip("numba", reason="numba has no wheel for this platform")
 LARGE_RUNS = {name_of(*run): run for run in large()}
@@ -121,5 +121,5 @@ def test_a_kernel_is_one_for_all_bounds_and_for_both_kinds_of_norms():
     for clip in (agrlib.clip_norm(1.0), agrlib.clip_norm(2.0), agrlib.clip_global_norm(3.0)):
         optimizer = start(ENTRIES["SGD"], Way(True), transforms=[clip])
         [batch] = optimizer.__dict__["_plan"].batches
-        texts.add(kernels.cpu_source(batch.program))
+        texts.add(cpu.cpu_source(batch.program))
     assert len(texts) == 1

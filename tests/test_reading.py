@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import agrlib
-from agrlib import kernels, optimizer
+from agrlib import arithmetic, compilers, precision, program
 
 pytest.importorskip("numba", reason="numba has no wheel for this platform")
 NUMBERS = itertools.count()
@@ -53,7 +53,7 @@ def module(tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_causes(monkeypatch):
-    monkeypatch.setattr(kernels, "WARNED", set())
+    monkeypatch.setattr(compilers, "WARNED", set())
 
 
 def halved(function: Any) -> agrlib.Transform:
@@ -149,7 +149,7 @@ def test_an_upgrade_under_a_running_job(module, monkeypatch):
     """The library's own functions are held against their source as well."""
     text = "def decay_gradient(grad, param, weight_decay):\n    return grad - weight_decay\n"
     code = module(text, text.replace("-", "+")).decay_gradient.__code__
-    monkeypatch.setattr(optimizer.decay_gradient, "__code__", code)
+    monkeypatch.setattr(program.decay_gradient, "__code__", code)
     for fused in (False, None, True):
         told = pytest.warns(RuntimeWarning, match=CHANGED) if fused is None else nullcontext()
         failed = pytest.raises(RuntimeError, match=CHANGED) if fused else nullcontext()
@@ -160,7 +160,7 @@ def test_an_upgrade_under_a_running_job(module, monkeypatch):
 def test_what_is_no_arithmetic_in_memory_is_not_cut(module):
     """Large tensors are taken in parts, which only a function of numbers allows."""
     text = "def center(grad, half):\n    return grad - grad.mean()\n"
-    grad = torch.arange(optimizer.PART + 1.0)
+    grad = torch.arange(precision.PART + 1.0)
     for edited in (text, text.replace("grad.mean()", "half")):
         center = halved(module(text, edited).center)
         with torch.no_grad():
@@ -289,8 +289,8 @@ def test_the_code_decides(case):
 def test_what_was_read_keeps_no_function_alive(name):
     function = executed(HALF, name, HALF if "kept" in name else None)
     code = weakref.ref(function.__code__)
-    with nullcontext() if "kept" in name else pytest.raises(kernels.Unsupported):
-        kernels.read(function)
+    with nullcontext() if "kept" in name else pytest.raises(arithmetic.Unsupported):
+        arithmetic.read(function)
     del function
     gc.collect()
     assert code() is None
@@ -422,10 +422,10 @@ def test_a_name_without_a_value():
     def larger(grad):
         return maximum(grad, grad)
 
-    with pytest.raises(kernels.Unsupported, match="calls maximum, which has no kernel"):
-        kernels.read(larger)
+    with pytest.raises(arithmetic.Unsupported, match="calls maximum, which has no kernel"):
+        arithmetic.read(larger)
     maximum = torch.maximum
-    kernels.read(larger)
+    arithmetic.read(larger)
 
 
 def test_a_name_that_is_not_called():
@@ -507,7 +507,7 @@ def test_a_list_of_constants_is_copied():
 
 def test_a_transform_of_a_class_of_its_own():
     class Negative(agrlib.Transform):
-        def apply_to(self, value, *extra):
-            return -super().apply_to(value, *extra)
+        def map(self, grads):
+            return [-grad for grad in super().map(grads)]
 
     assert_computes(Negative(half, constants=(0.5,)), -0.5 * GRAD, "of a class of its own")

@@ -10,7 +10,7 @@ import pytest
 SETUP = """
 import os, signal, sys, threading, torch
 import agrlib
-from agrlib import kernels
+from agrlib import threads
 
 def make(seed=0, fused=True, sizes=((300, 300), (70_000,))):
     rng = torch.Generator().manual_seed(seed)
@@ -159,11 +159,11 @@ WITHOUT_HELP = """
     expected = train(0, 5)
     def refuse(self):
         raise RuntimeError("can't start new thread")
-    kernels.Crew.crews.clear()
+    threads.Crew.crews.clear()
     threading.Thread.start = refuse
     print(alike(train(0, 5), expected))
-    kernels.Crew.crews.clear()
-    kernels.Crew.work = lambda self: None  # threads that end before they help
+    threads.Crew.crews.clear()
+    threads.Crew.work = lambda self: None  # threads that end before they help
     print(alike(train(0, 5), expected))
 """
 

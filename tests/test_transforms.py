@@ -27,7 +27,7 @@ from contract import (
 )
 
 import agrlib
-from agrlib import Transform, agr, optimizer, transform
+from agrlib import Transform, agr, transform, transforms
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -138,7 +138,7 @@ def test_what_a_transform_sums_over():
 def test_half_precision_stays_wide_inside_a_chain():
     """Two transforms in a step are rounded once, at the end, not in between."""
     grad = torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    [[result]] = optimizer.run_chains([optimizer.Chain.of([agr, halve])], [[grad.float()]])
+    [[result]] = transforms.run_chains([transforms.Chain.of([agr, halve])], [[grad.float()]])
     assert result.dtype == torch.float32
     assert torch.equal(result, halve(agr(grad.float())))
     assert agr(grad).dtype == grad.dtype
@@ -175,8 +175,8 @@ def test_transforms_are_copied_and_pickled_by_name_or_by_value():
     for clone in (copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))):
         assert clone(agr) is agr
         assert clone(halve) == halve
-        assert clone(optimizer.Chain([agr, halve])) == (agr, halve)
-        assert repr(clone(optimizer.Chain([agr, halve]))) == "agr, halve"
+        assert clone(transforms.Chain([agr, halve])) == (agr, halve)
+        assert repr(clone(transforms.Chain([agr, halve]))) == "agr, halve"
 
 
 SCRIPT = """
@@ -239,7 +239,7 @@ def test_transforms_of_a_main_script_travel(tmp_path):
     assert done.returncode == 0, done.stderr.decode()
     chain, made = pickle.loads(done.stdout)
     names = "shrink, whole, scale, named, agr, clip_norm(1.0), Twice"
-    assert repr(optimizer.Chain(chain[:7])) == names
+    assert repr(transforms.Chain(chain[:7])) == names
     results = [function(torch.ones(2))[0].item() for function in chain]
     assert results == pytest.approx(
         [0.5, 1.0, 0.25, 0.75, 0.5, 0.5**0.5, 2.0, -1.0, 1.0, 3.0], 1e-5

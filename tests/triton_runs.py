@@ -45,7 +45,7 @@ from fast import (
 from torch import pow as power
 
 import agrlib
-from agrlib import kernels
+from agrlib import compilers, gpu, plan, program
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 LONG = (2 * CHUNK + 1,)
@@ -176,18 +176,18 @@ def runs() -> dict[str, Callable[[], dict[str, Any]]]:
 # --- machine code -------------------------------------------------------------------------------
 
 
-def program_of(name: str, chain: list[Any], **more: Any) -> kernels.Program:
+def program_of(name: str, chain: list[Any], **more: Any) -> program.Program:
     """What the fast path makes of an optimizer; making it launches nothing."""
     dtype = more.pop("dtype", torch.float32)
     entry = ENTRIES[name]
     param = torch.nn.Parameter(torch.ones(4, 16, dtype=dtype))
     param.grad = torch.ones_like(param)
     optimizer = entry.cls([param], transforms=chain, fused=True, **{**entry.kwargs, **more})
-    [batch] = kernels.Plan(optimizer, [param], [param.grad]).batches
+    [batch] = plan.Plan(optimizer, [param.grad]).batches
     return batch.program
 
 
-PROGRAMS: dict[str, Callable[[], kernels.Program]] = {
+PROGRAMS: dict[str, Callable[[], program.Program]] = {
     "SGD": lambda: program_of("SGD", []),
     "AdamW": lambda: program_of("AdamW", BOTH),
     "Adan": lambda: program_of("Adan", [agrlib.clip_global_norm(1.0), agrlib.normalize]),
@@ -222,7 +222,7 @@ def examine(kernel: Any, wide: str, target: str, aligned: bool) -> dict[str, Any
     from triton.compiler import ASTSource
 
     signature = signature_of(kernel, wide)
-    known = {"ALIGNED": aligned, "BLOCK": kernels.GPUBatch.BLOCK}
+    known = {"ALIGNED": aligned, "BLOCK": gpu.BLOCK}
     constants = {name: value for name, value in known.items() if name in signature}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = dict(num_warps=4, enable_fp_fusion=False)
@@ -234,11 +234,11 @@ def examine(kernel: Any, wide: str, target: str, aligned: bool) -> dict[str, Any
 
 def machine_code() -> dict[str, Callable[[], dict[str, Any]]]:
     """Every kernel of every program for every target; for one of them also without alignment."""
-    kernels.takes_triton = lambda device: True  # or else the programs would be made for the CPU
+    compilers.takes_triton = plan.takes_triton = lambda device: True  # or else the programs would be made for the CPU
     found: dict[str, Callable[[], Any]] = {}
     for name, make in PROGRAMS.items():
         program = make()
-        module = kernels.load(kernels.gpu_source(program), f"{name}_examined")
+        module = compilers.load(gpu.gpu_source(program), f"{name}_examined")
         wide = "*fp64" if program.wide == "float64" else "*fp32"
         names = ["update", *(f"reduce_{j}" for j in program.whole)]
         for kernel, target in itertools.product(names, TARGETS):
