@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from agrlib.options import complete, refuse_unknown
+
 Group = dict[str, Any]
 NUMBERS = (
     *("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "partial"),
@@ -652,7 +654,8 @@ class GradientMethod(RecordedOptimizer):
     Three class attributes say the rest: `counts_steps`, whether the state holds torch's "step"
     (True); `number_of_betas`, how many `betas` has if the method has any (2); and
     `weight_decay_acts_on`, "gradient" for coupled decay, "parameter" for decoupled decay, "rule" if
-    the rule decays the parameter itself ("gradient").
+    the rule decays the parameter itself ("gradient"). A constructor takes `transforms` and what
+    follows it below as ``**options: Unpack[Options]``; signature and Args are completed from here.
 
     Args:
         params: parameters, named parameters or parameter groups, as torch.optim takes them. A group
@@ -703,6 +706,11 @@ class GradientMethod(RecordedOptimizer):
     weight_decay_acts_on = "gradient"
     _made_by_zero = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        complete(cls)
+
+    @refuse_unknown
     def __init__(
         self,
         params: ParamsT,
