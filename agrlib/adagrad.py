@@ -4,15 +4,16 @@
 Derived in the chapter "AdaGrad".
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, sqrt
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from agrlib.optimizer import GradientMethod
 from agrlib.checks import Group, require
+from agrlib.optimizer import GradientMethod
+from agrlib.options import Options
 
 
 def adagrad(grad, param, sum_sq, step_size, eps):
@@ -36,13 +37,12 @@ class Adagrad(GradientMethod):
         initial_accumulator_value: what the sum of squares starts with, in units of the gradient
             squared.
         eps: added to the root of the sum, in units of the gradient.
-        transforms: gradient transforms, applied left to right; for this and the keywords after it
-            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = Adagrad([weight], lr=0.5)
         >>> weight.square().sum().backward()
@@ -61,34 +61,11 @@ class Adagrad(GradientMethod):
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
-        *,
-        transforms: Iterable[Callable[[Tensor], Tensor]] = (),
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                lr_decay=lr_decay,
-                weight_decay=weight_decay,
-                initial_accumulator_value=initial_accumulator_value,
-                eps=eps,
-            ),
-            transforms=transforms,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-        )
+        start = dict(initial_accumulator_value=initial_accumulator_value, eps=eps)
+        own = dict(lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, **start)
+        super().__init__(params, own, **options)
 
     def check(self, group: Group) -> None:
         super().check(group)

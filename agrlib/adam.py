@@ -1,19 +1,19 @@
 # Exported from book/adam.md: edit the chapter, not this file.
 """Adam (Kingma and Ba, 2015) and AdamW (Loshchilov and Hutter, 2019).
 
-Derived in the chapter "Adam and AdamW".
+Derived in the chapter "Adam and AdamW", the rule `amsgrad` in the chapter "AMSGrad".
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, sqrt
+from torch import Tensor, maximum, sqrt
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from agrlib.amsgrad import amsgrad
-from agrlib.optimizer import GradientMethod
 from agrlib.checks import Group
+from agrlib.optimizer import GradientMethod
+from agrlib.options import Options
 
 
 def adam(grad, param, exp_avg, exp_avg_sq, beta1, weight1, beta2, weight2, step_size, root2, eps):
@@ -21,6 +21,27 @@ def adam(grad, param, exp_avg, exp_avg_sq, beta1, weight1, beta2, weight2, step_
     exp_avg_sq = beta2 * exp_avg_sq + weight2 * (grad * grad)  # (adam-v)
     denom = sqrt(exp_avg_sq) / root2 + eps
     return param - step_size * (exp_avg / denom), exp_avg, exp_avg_sq  # (adam-step)
+
+
+def amsgrad(
+    grad,
+    param,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    beta1,
+    weight1,
+    beta2,
+    weight2,
+    step_size,
+    root2,
+    eps,
+):
+    exp_avg = beta1 * exp_avg + weight1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + weight2 * (grad * grad)
+    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)  # (amsgrad-max)
+    denom = sqrt(max_exp_avg_sq) / root2 + eps
+    return param - step_size * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 class Adam(GradientMethod):
@@ -40,13 +61,12 @@ class Adam(GradientMethod):
         weight_decay: adds weight_decay * x to the gradient.
         amsgrad: divide by the largest second moment so far instead of the present one.
         bias_correction: False leaves the averages as they are, biased towards their zero start.
-        transforms: gradient transforms, applied left to right; for this and the keywords after it
-            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = Adam([weight], lr=0.5)
         >>> weight.square().sum().backward()
@@ -67,34 +87,11 @@ class Adam(GradientMethod):
         amsgrad: bool = False,
         *,
         bias_correction: bool = True,
-        transforms: Iterable[Callable[[Tensor], Tensor]] = (),
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                amsgrad=amsgrad,
-                bias_correction=bias_correction,
-            ),
-            transforms=transforms,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-        )
+        numbers = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        flags = dict(amsgrad=amsgrad, bias_correction=bias_correction)
+        super().__init__(params, numbers | flags, **options)
 
     def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
         if group["amsgrad"]:
@@ -116,20 +113,13 @@ class AdamW(Adam):
     First ``x <- x - lr * weight_decay * x``, then Adam's step, with moments of the bare gradient.
 
     Args:
-        params: parameters or parameter groups; real or complex, of any floating-point type.
-        lr: step size, a number or a one-element tensor.
-        betas: weights of the old value in the two averages, each in [0, 1).
-        eps: added to the root of the second moment, in units of the gradient.
         weight_decay: takes lr * weight_decay * x off the parameter.
-        amsgrad: divide by the largest second moment so far instead of the present one.
-        bias_correction: False leaves the averages as they are, biased towards their zero start.
-        transforms: gradient transforms, applied left to right; for this and the keywords after it
-            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = AdamW([weight], lr=0.5, weight_decay=0.1)
         >>> weight.grad = torch.zeros(2)
@@ -152,14 +142,7 @@ class AdamW(Adam):
         amsgrad: bool = False,
         *,
         bias_correction: bool = True,
-        transforms: Iterable[Callable[[Tensor], Tensor]] = (),
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -169,12 +152,5 @@ class AdamW(Adam):
             weight_decay,
             amsgrad,
             bias_correction=bias_correction,
-            transforms=transforms,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
+            **options,
         )

@@ -4,15 +4,16 @@
 Derived in the chapter "Adan".
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, sqrt
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from agrlib.optimizer import GradientMethod
 from agrlib.checks import Group
+from agrlib.optimizer import GradientMethod
+from agrlib.options import Options
 
 
 def adan(
@@ -66,13 +67,12 @@ class Adan(GradientMethod):
         eps: added to the root of the second moment, in units of the gradient.
         weight_decay: divides the parameter by 1 + lr * weight_decay after the step.
         no_prox: decay as AdamW does instead: x <- x - lr * weight_decay * x before the step.
-        transforms: gradient transforms, applied left to right; for this and the keywords after it
-            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = Adan([weight], lr=0.5)
         >>> weight.square().sum().backward()
@@ -95,28 +95,10 @@ class Adan(GradientMethod):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         no_prox: bool = False,
-        *,
-        transforms: Iterable[Callable[[Tensor], Tensor]] = (),
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_prox=no_prox),
-            transforms=transforms,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-        )
+        own = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_prox=no_prox)
+        super().__init__(params, own, **options)
 
     def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
         return adan, ("exp_avg", "exp_avg_diff", "exp_avg_sq", "prev_grad")

@@ -1,42 +1,22 @@
 # Exported from book/amsgrad.md: edit the chapter, not this file.
 """AMSGrad (Reddi, Kale and Kumar, 2018).
 
-Derived in the chapter "AMSGrad"; `agrlib.adam` uses the same rule for `amsgrad=True`.
+Derived in the chapter "AMSGrad"; its rule stands in `agrlib.adam`, which uses it as well.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, maximum, sqrt
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from agrlib.optimizer import GradientMethod
+from agrlib.adam import Adam, amsgrad
 from agrlib.checks import Group, require
+from agrlib.options import Options, unexpected
 
 
-def amsgrad(
-    grad,
-    param,
-    exp_avg,
-    exp_avg_sq,
-    max_exp_avg_sq,
-    beta1,
-    weight1,
-    beta2,
-    weight2,
-    step_size,
-    root2,
-    eps,
-):
-    exp_avg = beta1 * exp_avg + weight1 * grad
-    exp_avg_sq = beta2 * exp_avg_sq + weight2 * (grad * grad)
-    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)  # (amsgrad-max)
-    denom = sqrt(max_exp_avg_sq) / root2 + eps
-    return param - step_size * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
-
-
-class AMSGrad(GradientMethod):
+class AMSGrad(Adam):
     """Adam with a denominator that never shrinks: the largest second moment so far.
 
     With the transformed gradient g and b1, b2 = betas::
@@ -49,20 +29,14 @@ class AMSGrad(GradientMethod):
     The maximum is of the uncorrected second moment, as in torch's ``Adam(amsgrad=True)``.
 
     Args:
-        params: parameters or parameter groups; real or complex, of any floating-point type.
-        lr: step size, a number or a one-element tensor.
-        betas: weights of the old value in the two averages, each in [0, 1).
-        eps: added to the root of the second moment, in units of the gradient.
-        weight_decay: adds weight_decay * x to the gradient.
         bias_correction: False gives the paper's plain equations: both quotients by 1 - b^t are left
             out.
-        transforms: gradient transforms, applied left to right; for this and the keywords after it
-            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = AMSGrad([weight], lr=0.5)
         >>> weight.square().sum().backward()
@@ -82,33 +56,12 @@ class AMSGrad(GradientMethod):
         weight_decay: float = 0.0,
         *,
         bias_correction: bool = True,
-        transforms: Iterable[Callable[[Tensor], Tensor]] = (),
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                bias_correction=bias_correction,
-                amsgrad=True,  # so that torch's Adam loads the checkpoint as what it is
-            ),
-            transforms=transforms,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
+        if "amsgrad" in options:
+            raise unexpected(type(self), "amsgrad")
+        super().__init__(  # the group says True, so that torch's Adam loads it as what it is
+            params, lr, betas, eps, weight_decay, True, bias_correction=bias_correction, **options
         )
 
     def check(self, group: Group) -> None:
@@ -117,11 +70,3 @@ class AMSGrad(GradientMethod):
 
     def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
         return amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-    def scalars(self, group: Group, lr: Any, step: Any) -> tuple[Any, ...]:
-        beta1, beta2 = group["betas"]
-        correction1 = correction2 = 1.0
-        if group["bias_correction"]:
-            correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-        step_size, root2 = lr / correction1, correction2**0.5
-        return beta1, 1 - beta1, beta2, 1 - beta2, step_size, root2, group["eps"]

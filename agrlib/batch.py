@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from agrlib.checks import Group, Method
 from agrlib.glance import Glance, glance_at
 from agrlib.layout import Layout, has_form, parts_in
-from agrlib.checks import Group, Method
 from agrlib.precision import noise_seed
 from agrlib.program import Program
 from agrlib.transforms import Transform

@@ -1,6 +1,6 @@
 """What a parameter group may hold, and every check of it, of parameters and of gradients.
 
-Derived in the chapter "What a group may hold".
+Derived in the chapter "Checks before the first write".
 """
 
 import contextlib
@@ -87,6 +87,18 @@ def with_numbers(group: Group, number: Callable[[Tensor], Any] = as_number) -> G
     if any(isinstance(beta, Tensor) for beta in betas):
         found["betas"] = tuple(number(b) if isinstance(b, Tensor) else b for b in betas)
     return {**group, **found} if found else group
+
+
+def check_betas(group: Group, count: int) -> None:
+    """Refuse another number of betas than the method has."""
+    if "betas" in group:
+        require(len(group["betas"]) == count, f"betas, give {count} of them", group["betas"])
+
+
+def check_decay(acts_on: str) -> None:
+    """Refuse a method whose weight decay acts on nothing that there is."""
+    if acts_on not in ("gradient", "parameter", "rule"):
+        raise ValueError(f"Invalid weight_decay_acts_on: {acts_on!r}")
 
 
 def check_way(group: Group) -> None:

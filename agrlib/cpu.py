@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from agrlib.batch import Batch, numbers_of, seeds_of
-from agrlib.compilers import NUMBA, first_call, load
 from agrlib.checks import with_numbers
+from agrlib.compilers import NUMBA, first_call, load
 from agrlib.program import (
     Program,
     constants_of,
@@ -399,6 +399,13 @@ def classes_in(steps: np.ndarray, alike: bool) -> tuple[list[float], Any]:
     return known.tolist(), place
 
 
+def compile_kernels(batch: "CPUBatch") -> None:
+    """Call both kernels of a batch with nothing to do."""
+    none, nothing = batch.addresses[0, :0], batch.steps[:0]
+    first_call(batch.kernel, lambda: batch.call(waves_of([], batch.schedule.sizes)))
+    first_call(batch.read_steps, lambda: batch.read_steps(none, nothing))
+
+
 class CPUBatch(Batch):
     """A batch whose kernel numba compiles."""
 
@@ -415,9 +422,7 @@ class CPUBatch(Batch):
         self.steps = np.zeros(size * self.counts_steps, np.float32)
         self.place(self.lookup.addresses)
         self.arrange()
-        none = self.step_addresses[:0], self.steps[:0]
-        first_call(self.kernel, lambda: self.call(waves_of([], self.schedule.sizes)))
-        first_call(self.read_steps, lambda: self.read_steps(*none))
+        compile_kernels(self)
 
     def arrange(self) -> None:
         """Cut the work for the threads that torch may use now."""
@@ -437,15 +442,15 @@ class CPUBatch(Batch):
         rows: list[list[Any]] = []
         for g, members in self.spans:
             group = with_numbers(self.method.param_groups[g], float)
-            lr = float(group["lr"])
-            steps = self.steps[members] + 1 if self.counts_steps else np.zeros(0, np.float32)
+            steps = self.steps[members] + 1 if self.counts_steps else self.steps
             if self.program.stochastic:
                 self.seeds[members] = seeds_of(group, self.members[members], steps, self.device)
             if not self.method.counts_steps:
                 steps, alike = np.where(self.new[members], 1, 2), not self.new.any()
             known, place = classes_in(steps, alike)
             self.classes[members] = len(rows) + place
-            rows += [numbers_of(self.method, self.program.decay, group, lr, n) for n in known]
+            given = self.method, self.program.decay, group, float(group["lr"])
+            rows += [numbers_of(*given, step) for step in known]
         self.numbers = np.array(rows, self.wide)
 
     def call(self, waves: Waves) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agrlib.distributed import part_number
 from agrlib.checks import Group, Method, as_number, check_params, with_numbers
+from agrlib.distributed import part_number
 from agrlib.precision import (
     as_real,
     first_state,

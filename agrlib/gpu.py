@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from agrlib.batch import Batch, items_of, numbers_of, seeds_of
+from agrlib.checks import with_numbers
 from agrlib.compilers import first_call, interpreting, load
 from agrlib.layout import is_aligned
-from agrlib.checks import with_numbers
 from agrlib.program import (
     Program,
     constants_of,
@@ -415,55 +415,87 @@ class Numbers:
             known[column] = None if isinstance(value, Tensor) else value
 
 
+class Tables:
+    """What does not change between the steps of a batch, on its device.
+
+    Args:
+        batch: the parameters, their program and their chain.
+        dtype: the type in which the rule computes.
+    """
+
+    def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
+        device, parts, size = batch.device, batch.layout.parts, len(batch.members)
+        chunk = chunk_for(sum(part.numel() for part in parts), device)
+        items, firsts = items_of(parts, batch.by_row, [chunk] * size)
+        constants = [c for f in batch.chain for c in f.constants] or [0.0]
+        self.length = len(items)
+        self.items, self.firsts = on_device(items, device), on_device(firsts, device)
+        self.covers = on_device(batch.covers.astype(np.int8), device)
+        self.classes = on_device(np.arange(size), device)
+        self.constants = on_device(constants, device, dtype)
+        self.one = on_device([1.0], device, dtype)
+        self.zero = on_device([0.0], device, torch.float32)
+
+
+def is_aligned_at(table: Tensor, parts: list[Tensor], by_row: list[bool]) -> bool:
+    """Whether all tensors, and the rows of those that are summed by row, begin at 16 bytes."""
+    rows = [part for part, row in zip(parts, by_row, strict=True) if row and part.numel()]
+    columns = (part.numel() // part.shape[0] for part in rows)
+    return not (table % 16).any() and all(cols % 16 == 0 for cols in columns)
+
+
+def first_or_later(new: np.ndarray, device: torch.device) -> Any:
+    """Return 1 for tensors that had no state so far, and 2 for all others."""
+    if new.any() and not new.all():
+        return on_device(np.where(new, 1.0, 2.0), device)
+    return 1 if new.all() else 2
+
+
+def advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """Count a step of each tensor, unless a gradient scaler called it off."""
+    torch._foreach_add_(steps, 1)
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf.reshape(steps[0].shape)] * len(steps))
+
+
 class GPUBatch(Batch):
     """A batch whose kernels Triton compiles."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.kernels = load(gpu_source(self.program), f"{self.program.rule.__name__}_gpu")
-        device, size, parts = self.device, len(self.members), self.layout.parts
+        device, size = self.device, len(self.members)
         self.wide, self.placed = getattr(torch, self.program.wide), False
-        self.addresses = self.lookup.addresses
-        chunk = chunk_for(sum(part.numel() for part in parts), device)
-        items, firsts = items_of(parts, self.by_row, [chunk] * size)
-        self.items, self.firsts = on_device(items, device), on_device(firsts, device)
+        self.addresses, self.tables = self.lookup.addresses, Tables(self, self.wide)
         self.counts, self.totals = on_device(self.counts, device), on_device(self.totals, device)
-        constants = [c for f in self.chain for c in f.constants] or [0.0]
-        self.constants = on_device(constants, device, self.wide)
-        self.covers_there = on_device(self.covers.astype(np.int8), device)
-        self.classes = on_device(np.arange(size), device)
         self.seeds = on_device(np.zeros(size, np.int64), device)
-        self.one = on_device([1.0], device, self.wide)
-        self.zero = on_device([0.0], device, torch.float32)
-        self.scale, self.found_inf = self.one, self.zero
-        self.partial = torch.zeros(len(items), dtype=torch.float64, device=device)
+        self.scale, self.found_inf = self.tables.one, self.tables.zero
+        self.partial = torch.zeros(self.tables.length, dtype=torch.float64, device=device)
         self.numbers = Numbers(device, self.wide, (size, 3 + len(self.program.scalars)))
         self.table = AddressTable(device, (len(self.program.dtypes), size))
-        self.aligned = all(is_aligned(part, self.chain) for part in parts)
+        self.aligned = all(is_aligned(part, self.chain) for part in self.layout.parts)
         if device.type == "cuda" or interpreting():
             first_call(self.kernels, self.compile)
 
     def compile(self) -> None:
         """Launch all kernels as in a step that a gradient scaler calls off: nothing is written."""
-        self.found_inf = self.zero + 1
+        self.found_inf = self.tables.zero + 1
         for q in range(len(self.whole)):
             self.reduce(q)
         self.call(self.kernels.update)
-        self.found_inf = self.zero
+        self.found_inf = self.tables.zero
 
     def place(self, addresses: np.ndarray) -> None:
         if self.placed and np.array_equal(addresses, self.addresses):
             return
         self.addresses, self.placed = addresses, True
         table = torch.from_numpy(addresses[: len(self.program.dtypes)])
-        rows = [p for p, row in zip(self.layout.parts, self.by_row, strict=True) if row]
-        columns = (part.numel() // part.shape[0] for part in rows if part.numel())
-        self.aligned = not (table % 16).any() and all(cols % 16 == 0 for cols in columns)
+        self.aligned = is_aligned_at(table, self.layout.parts, self.by_row)
         self.table.put(table)
 
     def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.table.prepare()
-        self.scale, self.found_inf = self.one, self.zero
+        self.scale, self.found_inf = self.tables.one, self.tables.zero
         if scale is not None:
             self.scale = scale.double().reciprocal().to(self.device, self.wide)
         if found_inf is not None:
@@ -475,43 +507,34 @@ class GPUBatch(Batch):
             if self.program.stochastic:
                 own = self.members[members], steps[members].long(), self.device
                 self.seeds[members] = seeds_of(group, *own)
-            step = steps[members] if self.method.counts_steps else self.first_or_later(members)
+            counts = self.method.counts_steps
+            step = steps[members] if counts else first_or_later(self.new[members], self.device)
             row = numbers_of(self.method, self.program.decay, group, group["lr"], step)
             self.numbers.put(members, row)
 
-    def first_or_later(self, members: slice) -> Any:
-        """Return 1 for tensors without a state so far, and 2 for all others."""
-        new = self.new[members]
-        if new.any() and not new.all():
-            return on_device(np.where(new, 1.0, 2.0), self.device)
-        return 1 if new.all() else 2
-
     def call(self, kernel: Any) -> None:
-        if len(self.partial) == 0:
-            return
-        tensors = self.items, self.table.there, self.covers_there, self.totals, self.counts
-        values = self.constants, self.scale, self.found_inf, self.partial, self.classes
-        numbers = self.numbers.there, self.seeds, len(self.members), self.numbers.there.shape[1]
-        options = dict(num_warps=4, enable_fp_fusion=False)  # one rounding per operation
-        with on_its_device(self.device):
-            launch = kernel[(len(self.partial),)]
-            launch(*tensors, *values, *numbers, ALIGNED=self.aligned, BLOCK=BLOCK, **options)
+        """Launch a kernel, a program of it for each item."""
+        if self.tables.length:
+            there, numbers = self.tables, self.numbers.there
+            tensors = there.items, self.table.there, there.covers, self.totals, self.counts
+            values = there.constants, self.scale, self.found_inf, self.partial, there.classes
+            rest = numbers, self.seeds, len(self.members), numbers.shape[1]
+            options = dict(num_warps=4, enable_fp_fusion=False)  # one rounding per operation
+            with on_its_device(self.device):
+                launch = kernel[(there.length,)]
+                launch(*tensors, *values, *rest, ALIGNED=self.aligned, BLOCK=BLOCK, **options)
 
     def reduce(self, q: int) -> None:
         self.call(getattr(self.kernels, f"reduce_{self.program.whole[q]}"))
         with on_its_device(self.device):
             collect = self.kernels.collect[(len(self.members),)]
-            collect(self.partial, self.firsts, self.totals[q], BLOCK=BLOCK)
+            collect(self.partial, self.tables.firsts, self.totals[q], BLOCK=BLOCK)
 
     def run(self, alone: bool) -> None:
-        if alone:
-            for q in range(len(self.whole)):
-                self.reduce(q)
+        for q in range(len(self.whole) if alone else 0):
+            self.reduce(q)
         self.call(self.kernels.update)
         if self.counts_steps:
-            steps = self.lookup.tensors[-1]
-            torch._foreach_add_(steps, 1)
-            if self.found_inf is not self.zero:
-                found = self.found_inf.reshape(steps[0].shape)
-                torch._foreach_sub_(steps, [found] * len(steps))
+            called_off = None if self.found_inf is self.tables.zero else self.found_inf
+            advance(self.lookup.tensors[-1], called_off)
         self.written()

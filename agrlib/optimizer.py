@@ -11,24 +11,26 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from agrlib.checkpoint import RecordedOptimizer, keep_step_outside_graphs
-from agrlib.compilers import refuse_devices
-from agrlib.distributed import made_by_zero
-from agrlib.eager import shape_gradients, update_all
 from agrlib.checks import (
     Group,
+    check_betas,
+    check_decay,
     check_options,
     check_types,
     check_way,
-    require,
     try_options,
     with_numbers,
 )
+from agrlib.compilers import refuse_devices
+from agrlib.distributed import made_by_zero
+from agrlib.eager import shape_gradients, update_all
+from agrlib.options import complete, refuse_unknown
 from agrlib.plan import plan_for
 from agrlib.precision import seed_rounding
 from agrlib.transforms import Chain, check_reach, parts_of_groups
 
 
-def prepare(method: "GradientMethod", group: Group) -> None:
+def check_group(method: "GradientMethod", group: Group) -> None:
     """Refuse options that were spoiled since they were given."""
     group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
     check_reach(group["transforms"], method._made_by_zero)
@@ -39,12 +41,12 @@ def prepare(method: "GradientMethod", group: Group) -> None:
     seed_rounding(group)
 
 
-def run(method: "GradientMethod") -> None:
-    """Check everything, transform every gradient, and only then write."""
+def step_once(method: "GradientMethod") -> None:
+    """Check all groups, transform all gradients, and only then write."""
     for group in method.param_groups:
-        prepare(method, group)
-    params = [p for group in method.param_groups for p in group["params"]]
-    grads = [p.grad for p in params]
+        check_group(method, group)
+    params = [param for group in method.param_groups for param in group["params"]]
+    grads = [param.grad for param in params]
     scale, found_inf = (getattr(method, name, None) for name in ("grad_scale", "found_inf"))
     plan = plan_for(method, params, grads)
     rest = parts_of_groups(method.param_groups, grads) if plan is None else plan.rest
@@ -57,19 +59,83 @@ def run(method: "GradientMethod") -> None:
     update_all(method, rest, params, shaped, set() if plan is None else plan.compiled)
 
 
-class GradientMethod(RecordedOptimizer):
+def fill_in(method: "CheckedOptimizer", given: Any) -> None:
+    """Check a new group with the options that it lacks; its chain becomes a `Chain`."""
+    if isinstance(given, dict):  # or else torch refuses it
+        group = {**method.defaults, **given}
+        given["transforms"] = group["transforms"] = Chain.of(group["transforms"])
+        check_reach(group["transforms"], method._made_by_zero)
+        method.check(group)
+
+
+class CheckedOptimizer(RecordedOptimizer):
+    """What a method says of itself, and the checks of every group that it gets."""
+
+    counts_steps = True
+    number_of_betas = 2
+    weight_decay_acts_on = "gradient"
+    _made_by_zero = False
+
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
+        check_decay(self.weight_decay_acts_on)
+        self._made_by_zero = made_by_zero()
+        super().__init__(params, defaults)
+        keep_step_outside_graphs(type(self))
+
+    def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
+        """Return the rule and the names of the state tensors that it reads and writes."""
+        raise NotImplementedError
+
+    def scalars(self, group: Group, lr: Any, step: Any) -> tuple[Any, ...]:
+        """Return the rule's scalars for the given step, counted from 1, in double precision."""
+        raise NotImplementedError
+
+    def initial_value(self, group: Group, key: str) -> float:
+        """Return the number that a state tensor is filled with before the first step."""
+        return 0.0
+
+    def check(self, group: Group) -> None:
+        """Raise ValueError or RuntimeError for options that this method cannot work with."""
+        check_options(group)
+        check_betas(group, self.number_of_betas)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; its options are checked as the constructor's are.
+
+        As in torch.optim, the dictionary becomes the group: what it lacks is filled in. One that is
+        refused stays as it was.
+        """
+        kept = dict(param_group) if isinstance(param_group, dict) else None
+        before = len(self.param_groups)
+        try:
+            fill_in(self, param_group)
+            super().add_param_group(param_group)
+            if param_group["fused"]:
+                refuse_devices(param_group["params"])
+        except BaseException:
+            del self.param_groups[before:]
+            if kept is not None:
+                param_group.clear()
+                param_group.update(kept)
+            raise
+        seed_rounding(param_group)  # now, whatever is drawn before a step
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves the unscaling, and an overflow, to the step."""
+        return any(group["fused"] for group in self.param_groups)
+
+
+class GradientMethod(CheckedOptimizer):
     """An optimizer made of gradient transforms and one update rule; `step` is written here only.
 
-    A subclass says which rule updates a group, with which state, and what the rule's scalars are:
-    `update_rule` and `scalars`. A rule is a pure function in plain arithmetic without number
-    literals, ``(grad, param, *state, *scalars) -> (param, *state)``. It sees real tensors of one or
-    more dimensions, float32 for half-precision parameters; its state starts at zero, or where
-    `initial_value` says.
-
-    Three class attributes say the rest: `counts_steps`, whether the state holds torch's "step"
-    (True); `number_of_betas`, how many `betas` has if the method has any (2); and
-    `weight_decay_acts_on`, "gradient" for coupled decay, "parameter" for decoupled decay, "rule" if
-    the rule decays the parameter itself ("gradient").
+    A subclass names its rule and state (`update_rule`) and the rule's scalars (`scalars`). A rule
+    is a pure function in plain arithmetic without number literals, ``(grad, param, *state,
+    *scalars) -> (param, *state)``, of real tensors of one or more dimensions, float32 for
+    half-precision parameters. State starts at zero, or where `initial_value` says. Three class
+    attributes say the rest: `counts_steps`, whether the state holds torch's "step";
+    `number_of_betas`; and `weight_decay_acts_on`, "gradient", "parameter" or "rule". A constructor
+    takes what follows `defaults` below as ``**options: Unpack[Options]``.
 
     Args:
         params: parameters, named parameters or parameter groups, as torch.optim takes them. A group
@@ -80,30 +146,27 @@ class GradientMethod(RecordedOptimizer):
             their names, so give different functions different names.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility with torch.optim; None or False.
-        fused: None takes the compiled fast path where it pays, from 65,536 parameters on, and True
-            always, or raises the reason why it cannot; False runs the rule on tensors. Under
-            `torch.amp.GradScaler`, True also does the unscaling, or the skipping, within the step,
-            as torch's fused optimizers do: `p.grad` stays scaled.
+        fused: None takes compiled kernels where it pays, from 65,536 parameters on; True always, or
+            raises the reason why not; False runs the rule on tensors. Under `torch.amp.GradScaler`,
+            True unscales or skips within the step, as torch's do: `p.grad` stays scaled.
         capturable: keep `step` on the parameter's device, so that a step never waits for it.
         differentiable: let autograd record the step.
         state_dtype: floating-point type of the state; None takes the parameter's.
-        stochastic_rounding: round bfloat16 parameters stochastically, reproducibly from torch's
-            seed at construction, the number of groups seeded from it before, the parameter's step
-            and its index. A group may hold a `rounding_seed` of its own.
+        stochastic_rounding: round bfloat16 parameters stochastically, seeded by torch's seed, the
+            number of groups seeded from it before, the parameter's step and its index; a group may
+            hold a `rounding_seed` of its own.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN, infinite or out of range.
         TypeError: a transform is not callable, or `transforms` is not a list.
-        RuntimeError: `foreach=True` is asked for, or `fused=True` where no kernel can be made, or a
-            transform over all tensors within a ZeroRedundancyOptimizer.
+        RuntimeError: `foreach=True`, `fused=True` where no kernel can be made, or a transform over
+            all tensors within a ZeroRedundancyOptimizer.
 
     Example:
         >>> class SignDescent(GradientMethod):
         ...     counts_steps = False
-        ...
         ...     def update_rule(self, group):
         ...         return (lambda grad, param, lr: (param - lr * torch.sign(grad),)), ()
-        ...
         ...     def scalars(self, group, lr, step):
         ...         return (lr,)
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -115,11 +178,11 @@ class GradientMethod(RecordedOptimizer):
     Source: chapter "The anatomy of an optimizer".
     """
 
-    counts_steps = True
-    number_of_betas = 2
-    weight_decay_acts_on = "gradient"
-    _made_by_zero = False
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        complete(cls)
 
+    @refuse_unknown
     def __init__(
         self,
         params: ParamsT,
@@ -134,73 +197,13 @@ class GradientMethod(RecordedOptimizer):
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
     ) -> None:
-        shared = dict(
-            transforms=Chain.of(transforms),
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-        )
-        if self.weight_decay_acts_on not in ("gradient", "parameter", "rule"):
-            raise ValueError(f"Invalid weight_decay_acts_on: {self.weight_decay_acts_on!r}")
-        self._made_by_zero = made_by_zero()
+        shared = dict(transforms=Chain.of(transforms), maximize=maximize, foreach=foreach)
+        shared |= dict(fused=fused, capturable=capturable, differentiable=differentiable)
+        shared |= dict(state_dtype=state_dtype, stochastic_rounding=stochastic_rounding)
         super().__init__(params, {**defaults, **shared})
-        keep_step_outside_graphs(type(self))
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether torch.amp.GradScaler leaves the unscaling, and an overflow, to the step."""
-        return any(group["fused"] for group in self.param_groups)
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters; its options are checked as the constructor's are.
-
-        As in torch.optim, the dictionary becomes the group: what it lacks is filled in. One that is
-        refused stays as it was.
-        """
-        given, before = param_group, len(self.param_groups)
-        kept = dict(given) if isinstance(given, dict) else {}
-        try:
-            if isinstance(given, dict):
-                group = {**self.defaults, **given}
-                given["transforms"] = group["transforms"] = Chain.of(group["transforms"])
-                check_reach(group["transforms"], self._made_by_zero)
-                self.check(group)
-            super().add_param_group(given)
-            if given["fused"]:
-                refuse_devices(given["params"])
-        except BaseException:
-            del self.param_groups[before:]
-            if isinstance(given, dict):
-                given.clear()
-                given.update(kept)
-            raise
-        seed_rounding(given)  # now, whatever is drawn before a step
-
-    def check(self, group: Group) -> None:
-        """Raise ValueError or RuntimeError for options that this method cannot work with."""
-        check_options(group)
-        if "betas" in group:
-            count = self.number_of_betas
-            require(len(group["betas"]) == count, f"betas, give {count} of them", group["betas"])
-
-    def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
-        """Return the rule and the names of the state tensors that it reads and writes."""
-        raise NotImplementedError
-
-    def scalars(self, group: Group, lr: Any, step: Any) -> tuple[Any, ...]:
-        """Return the rule's scalars for the given step, counted from 1, in double precision."""
-        raise NotImplementedError
-
-    def initial_value(self, group: Group, key: str) -> float:
-        """Return the number that a state tensor is filled with before the first step."""
-        return 0.0
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient; an error leaves all as it was.
 
         Args:
             closure: evaluates the model again, calls backward and returns the loss.
@@ -208,14 +211,9 @@ class GradientMethod(RecordedOptimizer):
         Raises:
             RuntimeError: a gradient is sparse.
             TypeError, ValueError: a transform returned no tensor, or one of another shape.
-
-        Everything is checked and all transforms have run before the first write: after any of these
-        errors, parameters and state are as they were.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            run(self)
+            step_once(self)
         return loss

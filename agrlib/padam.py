@@ -4,16 +4,17 @@
 Derived in the chapter "Padam".
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, maximum, sqrt
 from torch import pow as power
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from agrlib.optimizer import GradientMethod
 from agrlib.checks import Group, require
+from agrlib.optimizer import GradientMethod
+from agrlib.options import Options
 
 
 def padam(
@@ -57,13 +58,12 @@ class Padam(GradientMethod):
         partial: the power p of the second moment, in [0, 1/2].
         bias_correction: True multiplies lr by sqrt(1 - b2^t) / (1 - b1^t), whatever the power, as
             the authors' code does; False leaves lr as it is.
-        transforms: gradient transforms, applied left to right; for this and the keywords after it
-            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 16.0]))
         >>> optimizer = Padam([weight], lr=1.0, betas=(0.0, 0.0), partial=1 / 4)
         >>> weight.grad = torch.tensor([1.0, 16.0])
@@ -85,34 +85,10 @@ class Padam(GradientMethod):
         partial: float = 0.25,
         *,
         bias_correction: bool = True,
-        transforms: Iterable[Callable[[Tensor], Tensor]] = (),
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                partial=partial,
-                bias_correction=bias_correction,
-            ),
-            transforms=transforms,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-        )
+        numbers = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, partial=partial)
+        super().__init__(params, dict(numbers, bias_correction=bias_correction), **options)
 
     def check(self, group: Group) -> None:
         super().check(group)

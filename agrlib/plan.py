@@ -14,12 +14,12 @@ from torch import Tensor
 
 from agrlib.arithmetic import Unsupported, meaning, meanings
 from agrlib.batch import Batch, Member
+from agrlib.checks import Group, Method, check_params, with_numbers
 from agrlib.compilers import broken_compiler, refuse, takes_triton, told, warn_once
 from agrlib.cpu import CPUBatch
 from agrlib.distributed import add_totals, is_sharded, local, part_number, places_of
 from agrlib.gpu import GPUBatch
 from agrlib.layout import is_aligned, like_param, obstacle
-from agrlib.checks import Group, Method, check_params, with_numbers
 from agrlib.precision import first_state, state_dtype, widened
 from agrlib.program import Program, Recipe, named, power_of, recipe_of, stage_of
 from agrlib.transforms import Part, Transform, over_all, parts_of_groups
@@ -334,6 +334,34 @@ def rest_of(
     return [part for part in found if part[2]]
 
 
+def hand_over(
+    batch: Batch, waits: bool, grads: list[Any], shaped: dict[int, Tensor], scaling: Sequence[Any]
+) -> None:
+    """Give a batch the gradients of a step, and what a gradient scaler says of them."""
+    if shaped or not batch.lookup.tensors:  # users' functions may have moved anything
+        given = [
+            like_param(shaped[m.number], m.param) if waits else grads[m.number]
+            for m in batch.members
+        ]
+        fits = batch.point(given)
+        assert fits, "a kernel was made for tensors of another form"
+    scale, found_inf = scaling
+    batch.count(None if waits else scale, found_inf)  # eager transforms unscaled already
+
+
+def have_powers(method: Method, recipes: Sequence[Recipe | None]) -> bool:
+    """Whether all kernels still raise to the exponents that their groups ask for."""
+    pairs = zip(method.param_groups, recipes, strict=True)
+    return all(has_power(method, group, recipe) for group, recipe in pairs)
+
+
+def sort_parameters(method: Method, inventory: Inventory) -> tuple[list[Recipe | None], list[int]]:
+    """Return each group's recipe, and the parameters that are to go through kernels."""
+    recipes = recipes_of(method, inventory)
+    fast = candidates(method, inventory, recipes)
+    return recipes, without_conflicts(method, inventory, recipes, fast)
+
+
 class Plan:
     """How a step of an optimizer is split: batches for kernels, and parts for the eager way.
 
@@ -354,9 +382,7 @@ class Plan:
         self.params = inventory.params
         for _, _, members in parts:
             check_params([self.params[i] for i in members], method.defaults["differentiable"])
-        self.recipes = recipes_of(method, inventory)
-        fast = candidates(method, inventory, self.recipes)
-        fast = without_conflicts(method, inventory, self.recipes, fast)
+        self.recipes, fast = sort_parameters(method, inventory)
         made = make_batches(self.method, inventory, self.recipes, fast)
         self.batches, self.pending, fast = made
         self.compiled = set(fast)
@@ -371,6 +397,7 @@ class Plan:
 
     def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Whether the plan still is that of the optimizer; looks up all tensors again."""
+        at_once = (batch for batch in self.batches if not self.waits(batch))
         return (
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
@@ -378,13 +405,8 @@ class Plan:
             and all(grads[i] is not None for i in self.eager)
             and signature_of(self.method) == self.signature
             and self.sources.mean_the_same()
-            and all(
-                has_power(self.method, group, recipe)
-                for group, recipe in zip(self.method.param_groups, self.recipes, strict=True)
-            )
-            and all(
-                batch.point(batch.own(grads)) for batch in self.batches if not self.waits(batch)
-            )
+            and have_powers(self.method, self.recipes)
+            and all(batch.point(batch.own(grads)) for batch in at_once)
         )
 
     def waits(self, batch: Batch) -> bool:
@@ -407,15 +429,7 @@ class Plan:
             self.method.state[param][key] = tensor
         self.pending = []
         for batch in self.batches:
-            waits = self.waits(batch)
-            if shaped or not batch.lookup.tensors:  # users' functions may have moved anything
-                given = [
-                    like_param(shaped[m.number], m.param) if waits else grads[m.number]
-                    for m in batch.members
-                ]
-                fits = batch.point(given)
-                assert fits, "a kernel was made for tensors of another form"
-            batch.count(None if waits else scale, found_inf)  # eager transforms unscaled already
+            hand_over(batch, self.waits(batch), grads, shaped, (scale, found_inf))
         for sums in self.rounds:
             sums.run()
         for batch in self.batches:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from agrlib.arithmetic import Unsupported, exponents, read, text_of
-from agrlib.compilers import refuse
 from agrlib.checks import Group, Method, with_numbers
+from agrlib.compilers import refuse
 from agrlib.transforms import Chain, Transform
 
 

@@ -4,15 +4,16 @@
 Derived in the chapter "RMSProp".
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, sqrt, where
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from agrlib.optimizer import GradientMethod
 from agrlib.checks import Group, require
+from agrlib.optimizer import GradientMethod
+from agrlib.options import Options
 
 
 def rmsprop(grad, param, square_avg, lr, alpha, weight, eps):
@@ -65,13 +66,12 @@ class RMSprop(GradientMethod):
         weight_decay: adds weight_decay * x to the gradient.
         momentum: weight of the old buffer, at least 0.
         centered: divide by the standard deviation instead of the root mean square.
-        transforms: gradient transforms, applied left to right; for this and the keywords after it
-            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = RMSprop([weight], lr=0.05)
         >>> weight.square().sum().backward()
@@ -91,35 +91,10 @@ class RMSprop(GradientMethod):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
-        *,
-        transforms: Iterable[Callable[[Tensor], Tensor]] = (),
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                alpha=alpha,
-                eps=eps,
-                weight_decay=weight_decay,
-                momentum=momentum,
-                centered=centered,
-            ),
-            transforms=transforms,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-        )
+        numbers = dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
+        super().__init__(params, dict(numbers, centered=centered), **options)
 
     def check(self, group: Group) -> None:
         super().check(group)

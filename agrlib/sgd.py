@@ -5,15 +5,16 @@ Derived in the chapter "Gradient descent, momentum, Nesterov"; momentum after Po
 Nesterov (1983), in the convention of torch.optim.SGD.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from agrlib.optimizer import GradientMethod
 from agrlib.checks import Group, require
+from agrlib.optimizer import GradientMethod
+from agrlib.options import Options
 
 
 def descend(grad, param, lr):
@@ -48,14 +49,13 @@ class SGD(GradientMethod):
         dampening: 1 minus the weight of the new gradient, in [0, 1].
         weight_decay: adds weight_decay * x to the gradient.
         nesterov: look ahead along the buffer.
-        transforms: gradient transforms, applied left to right; for this and the keywords after it
-            see `GradientMethod`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or Nesterov momentum without momentum or with
             dampening.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = SGD([weight], lr=0.5, momentum=0.9)
         >>> weight.square().sum().backward()
@@ -76,34 +76,10 @@ class SGD(GradientMethod):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        *,
-        transforms: Iterable[Callable[[Tensor], Tensor]] = (),
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                momentum=momentum,
-                dampening=dampening,
-                weight_decay=weight_decay,
-                nesterov=nesterov,
-            ),
-            transforms=transforms,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-        )
+        numbers = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+        super().__init__(params, dict(numbers, nesterov=nesterov), **options)
 
     def check(self, group: Group) -> None:
         super().check(group)

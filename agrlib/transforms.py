@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agrlib.distributed import gathered
 from agrlib.checks import Group, dense, described
+from agrlib.distributed import gathered
 from agrlib.precision import add_up, parts_of, widen
 
 
