@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import agrlib
-from agrlib import compilers, distributed, plan
+from agrlib import compilers, distributed
 
 CHAINS = {
     "none": [],

@@ -234,7 +234,9 @@ def examine(kernel: Any, wide: str, target: str, aligned: bool) -> dict[str, Any
 
 def machine_code() -> dict[str, Callable[[], dict[str, Any]]]:
     """Every kernel of every program for every target; for one of them also without alignment."""
-    compilers.takes_triton = plan.takes_triton = lambda device: True  # or else the programs would be made for the CPU
+    compilers.takes_triton = plan.takes_triton = lambda device: (
+        True
+    )  # or else the programs would be made for the CPU
     found: dict[str, Callable[[], Any]] = {}
     for name, make in PROGRAMS.items():
         program = make()
