@@ -165,8 +165,8 @@ class GradientMethod(CheckedOptimizer):
     *scalars) -> (param, *state)``, of real tensors of one or more dimensions, float32 for
     half-precision parameters. State starts at zero, or where `initial_value` says. `counts_steps`
     says whether it holds torch's "step", `number_of_betas` how many there are, and
-    `weight_decay_acts_on` "gradient", "parameter" or "rule". A constructor takes what follows
-    `defaults` below as ``**options: Unpack[Options]``.
+    `weight_decay_acts_on` "gradient", "parameter" or "rule". A constructor passes on
+    ``**options: Unpack[Options]``.
 
     Args:
         params: parameters, named parameters or parameter groups, as torch.optim takes them. A group
