@@ -165,12 +165,11 @@ class GradientMethod(CheckedOptimizer):
     *scalars) -> (param, *state)``, of real tensors of one or more dimensions, float32 for
     half-precision parameters. State starts at zero, or where `initial_value` says. `counts_steps`
     says whether it holds torch's "step", `number_of_betas` how many there are, and
-    `weight_decay_acts_on` "gradient", "parameter" or "rule". A constructor passes on
-    ``**options: Unpack[Options]``.
+    `weight_decay_acts_on` "gradient", "parameter" or "rule". A constructor takes what follows
+    `defaults` below as ``**options: Unpack[Options]``.
 
     Args:
-        params: parameters, named parameters or parameter groups, as torch.optim takes them. A group
-            may hold its own value of every option, `transforms` included.
+        params: parameters, named or not, or groups of them with their own values of any options.
         defaults: the method's own options; "lr" and "weight_decay" must be among them. Each number
             may be a tensor of one element, which is read anew at every step.
         transforms: gradient transforms, applied left to right before the rule. Checkpoints record
