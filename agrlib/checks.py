@@ -1,3 +1,4 @@
+# Exported from book/checks.md: edit the chapter, not this file.
 """What a parameter group may hold, and every check of it, of parameters and of gradients.
 
 Derived in the chapter "Checks before the first write".

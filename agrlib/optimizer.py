@@ -1,9 +1,11 @@
+# Exported from book/optimizer.md: edit the chapter, not this file.
 """The anatomy of an optimizer: one `step`, into which update rules and gradient transforms plug.
 
 Derived in the chapter "The anatomy of an optimizer"; the interface is that of torch.optim.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,9 +27,9 @@ from agrlib.compilers import refuse_devices
 from agrlib.distributed import made_by_zero
 from agrlib.eager import shape_gradients, update_all
 from agrlib.options import complete, refuse_unknown
-from agrlib.plan import plan_for
+from agrlib.plan import Plan, plan_for
 from agrlib.precision import seed_rounding
-from agrlib.transforms import Chain, check_reach, parts_of_groups
+from agrlib.transforms import Chain, Part, check_reach, parts_of_groups
 
 
 def check_group(method: "GradientMethod", group: Group) -> None:
@@ -41,17 +43,39 @@ def check_group(method: "GradientMethod", group: Group) -> None:
     seed_rounding(group)
 
 
+def all_params(groups: Iterable[Group]) -> list[Tensor]:
+    """Return the parameters of all groups, in their order."""
+    return [param for group in groups for param in group["params"]]
+
+
+def share_work(
+    method: "GradientMethod", params: list[Tensor], grads: list[Tensor | None]
+) -> tuple[Plan | None, list[Part]]:
+    """Return what compiled kernels do in this step, and what goes the eager way."""
+    plan = plan_for(method, params, grads)
+    return plan, parts_of_groups(method.param_groups, grads) if plan is None else plan.rest
+
+
+def words_of_scaler(method: "GradientMethod") -> tuple[Any, Any]:
+    """Return what a gradient scaler tells the step: its factor, and whether it overflowed."""
+    return getattr(method, "grad_scale", None), getattr(method, "found_inf", None)
+
+
+def is_left_out(plan: Plan | None, rest: list[Part], found_inf: Any) -> bool:
+    """Whether the step is left out: an overflow was found, and no kernel looks for it."""
+    looks_itself = plan is not None and plan.on_gpu and not rest
+    return found_inf is not None and not looks_itself and bool(found_inf)
+
+
 def step_once(method: "GradientMethod") -> None:
     """Check all groups, transform all gradients, and only then write."""
     for group in method.param_groups:
         check_group(method, group)
-    params = [param for group in method.param_groups for param in group["params"]]
+    params = all_params(method.param_groups)
     grads = [param.grad for param in params]
-    scale, found_inf = (getattr(method, name, None) for name in ("grad_scale", "found_inf"))
-    plan = plan_for(method, params, grads)
-    rest = parts_of_groups(method.param_groups, grads) if plan is None else plan.rest
-    skips_itself = plan is not None and plan.on_gpu and not rest
-    if found_inf is not None and not skips_itself and bool(found_inf):
+    plan, rest = share_work(method, params, grads)
+    scale, found_inf = words_of_scaler(method)
+    if is_left_out(plan, rest, found_inf):
         return
     shaped = shape_gradients(rest, params, grads, scale, method.defaults["differentiable"])
     if plan is not None:
@@ -66,6 +90,21 @@ def fill_in(method: "CheckedOptimizer", given: Any) -> None:
         given["transforms"] = group["transforms"] = Chain.of(group["transforms"])
         check_reach(group["transforms"], method._made_by_zero)
         method.check(group)
+
+
+@contextlib.contextmanager
+def undone_on_error(groups: list[Group], given: Any) -> Iterator[None]:
+    """Take back a new group, and what it was filled in with, where the block raises."""
+    kept = dict(given) if isinstance(given, dict) else None
+    before = len(groups)
+    try:
+        yield
+    except BaseException:
+        del groups[before:]
+        if kept is not None:
+            given.clear()
+            given.update(kept)
+        raise
 
 
 class CheckedOptimizer(RecordedOptimizer):
@@ -105,19 +144,11 @@ class CheckedOptimizer(RecordedOptimizer):
         As in torch.optim, the dictionary becomes the group: what it lacks is filled in. One that is
         refused stays as it was.
         """
-        kept = dict(param_group) if isinstance(param_group, dict) else None
-        before = len(self.param_groups)
-        try:
+        with undone_on_error(self.param_groups, param_group):
             fill_in(self, param_group)
             super().add_param_group(param_group)
             if param_group["fused"]:
                 refuse_devices(param_group["params"])
-        except BaseException:
-            del self.param_groups[before:]
-            if kept is not None:
-                param_group.clear()
-                param_group.update(kept)
-            raise
         seed_rounding(param_group)  # now, whatever is drawn before a step
 
     @property
@@ -132,14 +163,13 @@ class GradientMethod(CheckedOptimizer):
     A subclass names its rule and state (`update_rule`) and the rule's scalars (`scalars`). A rule
     is a pure function in plain arithmetic without number literals, ``(grad, param, *state,
     *scalars) -> (param, *state)``, of real tensors of one or more dimensions, float32 for
-    half-precision parameters. State starts at zero, or where `initial_value` says. Three class
-    attributes say the rest: `counts_steps`, whether the state holds torch's "step";
-    `number_of_betas`; and `weight_decay_acts_on`, "gradient", "parameter" or "rule". A constructor
-    takes what follows `defaults` below as ``**options: Unpack[Options]``.
+    half-precision parameters. State starts at zero, or where `initial_value` says. `counts_steps`
+    says whether it holds torch's "step", `number_of_betas` how many there are, and
+    `weight_decay_acts_on` "gradient", "parameter" or "rule". A constructor takes what follows
+    `defaults` below as ``**options: Unpack[Options]``.
 
     Args:
-        params: parameters, named parameters or parameter groups, as torch.optim takes them. A group
-            may hold its own value of every option, `transforms` included.
+        params: parameters, named or not, or groups of them with their own values of any options.
         defaults: the method's own options; "lr" and "weight_decay" must be among them. Each number
             may be a tensor of one element, which is read anew at every step.
         transforms: gradient transforms, applied left to right before the rule. Checkpoints record

@@ -1,3 +1,4 @@
+# Exported from book/transforms.md: edit the chapter, not this file.
 """Gradient transforms that declare what they sum, and chains of them.
 
 Derived in the chapter "Gradient transforms".
@@ -16,36 +17,6 @@ from torch import Tensor
 from agrlib.checks import Group, dense, described
 from agrlib.distributed import gathered
 from agrlib.precision import add_up, parts_of, widen
-
-
-def found_at(module: str, path: str) -> Any:
-    """Return what a dotted name stands for in a module that is loaded, or None."""
-    place: Any = sys.modules.get(module)
-    for name in path.split("."):
-        place = getattr(place, name, None)
-    return place
-
-
-def meaning(function: Any) -> Any:
-    """Return what is equal for a function and for a copy of it from another process."""
-    plain = isinstance(function, types.FunctionType)
-    if plain and not (function.__closure__ or function.__defaults__ or function.__kwdefaults__):
-        return function.__module__, function.__code__
-    return function
-
-
-def by_name(transform: "Transform", protocol: Any) -> str | None:
-    """Return the name by which a transform is pickled, or None: then its parts are named."""
-    name = getattr(transform, "__qualname__", "")
-    known = found_at(transform.__module__, name) is transform
-    if known and (transform.__module__ != "__main__" or protocol < 4):  # such a name says no part
-        return name
-    for role in ("apply", "summand", "finish") if known else ():
-        part = getattr(transform, role)
-        function = isinstance(part, types.FunctionType)
-        if function and found_at(part.__module__, part.__qualname__) is not part:
-            part.__qualname__ = f"{name}.{role}"
-    return None
 
 
 def sum_of(transform: "Transform", value: Tensor) -> Tensor:
@@ -113,6 +84,36 @@ def map_grads(transform: "Transform", grads: Sequence[Tensor]) -> list[Tensor]:
             given = transform.constants if transform.over is None else (next(extra),)
             results[i] = apply_to(transform, value, *given).to(grad.dtype)
     return results
+
+
+def found_at(module: str, path: str) -> Any:
+    """Return what a dotted name stands for in a module that is loaded, or None."""
+    place: Any = sys.modules.get(module)
+    for name in path.split("."):
+        place = getattr(place, name, None)
+    return place
+
+
+def meaning(function: Any) -> Any:
+    """Return what is equal for a function and for a copy of it from another process."""
+    plain = isinstance(function, types.FunctionType)
+    if plain and not (function.__closure__ or function.__defaults__ or function.__kwdefaults__):
+        return function.__module__, function.__code__
+    return function
+
+
+def by_name(transform: "Transform", protocol: Any) -> str | None:
+    """Return the name by which a transform is pickled, or None: then its parts are named."""
+    name = getattr(transform, "__qualname__", "")
+    known = found_at(transform.__module__, name) is transform
+    if known and (transform.__module__ != "__main__" or protocol < 4):  # such a name says no part
+        return name
+    for role in ("apply", "summand", "finish") if known else ():
+        part = getattr(transform, role)
+        function = isinstance(part, types.FunctionType)
+        if function and found_at(part.__module__, part.__qualname__) is not part:
+            part.__qualname__ = f"{name}.{role}"
+    return None
 
 
 class Transform:
