@@ -1,3 +1,4 @@
+# Exported from book/attachment.md: edit the chapter, not this file.
 """Gradient transforms for any torch optimizer.
 
 Derived in the chapter "Attaching transforms".
@@ -35,19 +36,23 @@ def refuse_scaled(optimizer: Optimizer) -> None:
         )
 
 
+def shape(chain: Chain, raw: list[Tensor]) -> list[Tensor]:
+    """Send gradients through a chain; the results are new tensors, which a step may write to."""
+    [results] = run_chains([chain], [raw])
+    return [
+        grad.clone() if grad is old else grad.to(old.dtype)
+        for grad, old in zip(results, raw, strict=True)
+    ]
+
+
 def swap_in(optimizer: Optimizer, chain: Chain) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Put the transformed gradients in place of the raw ones; return parameters and both."""
     params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     raw = [dense(p.grad) for p in params]
     with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
-        [shaped] = run_chains([chain], [raw])
-        shaped = [
-            grad.clone() if grad is old else grad.to(old.dtype)  # the step may write to it
-            for grad, old in zip(shaped, raw, strict=True)
-        ]
-    swapped = list(zip(params, raw, shaped, strict=True))
-    for param, _, grad in swapped:
-        param.grad = grad
+        swapped = list(zip(params, raw, shape(chain, raw), strict=True))
+    for param, _, shaped in swapped:
+        param.grad = shaped
     return swapped
 
 
@@ -139,6 +144,6 @@ def attach(optimizer: Optimizer, transforms: Iterable[Callable[[Tensor], Tensor]
         (tensor([0., 2.]), tensor([ 0.3000, -0.1000]))
         >>> handle.remove()
 
-    Source: chapter "The anatomy of an optimizer".
+    Source: chapter "Attaching transforms".
     """
     return Attachment(optimizer, transforms)

@@ -1,3 +1,4 @@
+# Exported from book/checkpoint.md: edit the chapter, not this file.
 """What a state dict records, accepts and refuses.
 
 Derived in the chapter "Checkpoints".
@@ -80,20 +81,6 @@ def warn_of_no_record(groups: list[Group], loaded: list[Group]) -> None:
         )
 
 
-def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that torch.compile calls as it is."""
-    outside = torch.compiler.disable(function)
-    vars(outside).pop("_torchdynamo_orig_callable", None)  # old torch looks there past wrappers
-    outside.outside_graphs = True
-    return outside
-
-
-def keep_step_outside_graphs(cls: type[Optimizer]) -> None:
-    """Let torch.compile call the step of a class, with torch's hooks around it, as it is."""
-    if not hasattr(cls.step, "outside_graphs"):
-        cls.step = outside_graphs(cls.step)  # type: ignore[method-assign]
-
-
 HOW_TO_RUN = ("foreach", "fused", "capturable", "differentiable")  # never from a checkpoint
 
 
@@ -136,6 +123,20 @@ def count_at_home(group: Group, param: Tensor, state: dict[str, Any]) -> None:
             step = torch.tensor(step, device=home)
         home = param.device if group["capturable"] else home
         state["step"] = step.to(home, torch.float32, copy=True)
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch.compile calls as it is."""
+    outside = torch.compiler.disable(function)
+    vars(outside).pop("_torchdynamo_orig_callable", None)  # old torch looks there past wrappers
+    outside.outside_graphs = True
+    return outside
+
+
+def keep_step_outside_graphs(cls: type[Optimizer]) -> None:
+    """Let torch.compile call the step of a class, with torch's hooks around it, as it is."""
+    if not hasattr(cls.step, "outside_graphs"):
+        cls.step = outside_graphs(cls.step)  # type: ignore[method-assign]
 
 
 class RecordedOptimizer(Optimizer):

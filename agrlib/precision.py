@@ -1,3 +1,4 @@
+# Exported from book/precision.md: edit the chapter, not this file.
 """In which types a step computes: double-precision sums, widening, and stochastic rounding.
 
 Derived in the chapter "Numbers of finite length".
@@ -13,8 +14,6 @@ from torch import Tensor
 
 from agrlib.arithmetic import is_arithmetic
 from agrlib.distributed import is_sharded, map_part
-
-PART = 2**18  # entries; parts of this size, and what is computed from them, stay in a cache
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -34,6 +33,9 @@ def add_up(terms: Tensor, rows: bool = False) -> Tensor:
     if rows:
         return terms.sum(dim=tuple(range(1, terms.dim())), keepdim=True, dtype=dtype)
     return terms.sum(dtype=dtype)
+
+
+PART = 2**18  # entries; parts of this size, and what is computed from them, stay in a cache
 
 
 def parts_of(function: Callable[..., Any], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
