@@ -1,3 +1,4 @@
+# Exported from book/cpu.md: edit the chapter, not this file.
 """Kernels for the CPU: the text that numba compiles, and the batch that runs it.
 
 Derived in the chapter "A kernel for the CPU".
@@ -26,6 +27,7 @@ from agrlib.program import (
 )
 from agrlib.threads import ALONE, Crew, Waves, guard_forks, schedule_of, waves_of, yielding
 
+
 KINDS = """
 INNER = dict(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 EXACT = dict(**INNER, forceinline=True)  # IEEE: a quotient by zero is no exception
@@ -42,7 +44,7 @@ def add(typing, total, term):  # in any order, so that several are added at once
 """
 
 
-COUNTERS = """
+TAKE = """
 @intrinsic
 def take(typing, counter):  # the number at an address, which goes up by one for all threads
     def build(context, builder, signature, arguments):
@@ -50,8 +52,10 @@ def take(typing, counter):  # the number at an address, which goes up by one for
         return builder.atomic_rmw("add", place, ir.IntType(64)(1), "seq_cst")
 
     return types.int64(types.int64), build
+"""
 
 
+READ = """
 @intrinsic
 def read(typing, counter):
     def build(context, builder, signature, arguments):
@@ -59,8 +63,10 @@ def read(typing, counter):
         return builder.load_atomic(place, "seq_cst", 8)
 
     return types.int64(types.int64), build
+"""
 
 
+LET_OTHERS = """
 @intrinsic
 def let_others(typing, function):  # a C function, by its address
     def build(context, builder, signature, arguments):
@@ -230,36 +236,42 @@ def cpu_reduce(program: Program, j: int) -> str:
     )
 
 
-def cpu_row(program: Program) -> str:
-    """Return the function that updates n entries in a row."""
-    stages, roles = len(program.stages), range(len(program.dtypes))
-    addresses = [f"at_{role}" for role in roles]
-    results = ["p", *(f"s{role}" for role in roles[2:])]
-    start = "x = sign * ({})" if not stages else "x = {}"
-    inputs = ["x", "p", *(cpu_load(program, role) for role in roles[2:]), *program.scalars]
-    stores = [CPU_TYPES[program.dtypes[r]][2] for r in (0, *roles[2:])]
-    if program.stochastic:
-        stores[0] = "to_bfloat16_stochastically({}, seed, first + i)"
-    body = [
-        start.format(f"scale * {cpu_load(program, 1)}"),
-        *shape(program, stages),
-        *(["x = sign * x"] if stages else []),
+def cpu_store(program: Program, role: int, result: str) -> str:
+    """Return the line that stores a result as entry i of the parameter or of a state tensor."""
+    form = CPU_TYPES[program.dtypes[role]][2]
+    if role == 0 and program.stochastic:
+        form = "to_bfloat16_stochastically({}, seed, first + i)"
+    return f"a{role}[i] = {form.format(result)}"
+
+
+def cpu_entry(program: Program) -> list[str]:
+    """Return the lines that update entry i."""
+    states = range(2, len(program.dtypes))
+    results = ["p", *(f"s{role}" for role in states)]
+    inputs = ["x", "p", *(cpu_load(program, role) for role in states), *program.scalars]
+    x = f"scale * {cpu_load(program, 1)}"
+    start = [f"x = {x}", *shape(program, len(program.stages)), "x = sign * x"]
+    return [
+        *(start if program.stages else [f"x = sign * ({x})"]),
         f"p = {cpu_load(program, 0)}",
         *update_lines(program),
         f"{', '.join(results)}{',' if len(results) == 1 else ''} = rule({', '.join(inputs)})",
-        *(
-            f"a{role}[i] = {store.format(result)}"
-            for role, store, result in zip((0, *roles[2:]), stores, results, strict=True)
-        ),
+        *(cpu_store(program, r, name) for r, name in zip((0, *states), results, strict=True)),
     ]
-    numbers = ["sign", "decays", "rate", *program.scalars]
-    arguments = [*addresses, "n", "scale", "seed", "first", *context(program, stages), "numbers"]
+
+
+def cpu_row(program: Program) -> str:
+    """Return the function that updates n entries in a row."""
+    roles, numbers = range(len(program.dtypes)), ["sign", "decays", "rate", *program.scalars]
+    arguments = [*(f"at_{role}" for role in roles), "n", "scale", "seed", "first"]
+    arguments += [*context(program, len(program.stages)), "numbers"]
+    arrays = [cpu_array(program, role, f"at_{role}") for role in roles]
     unpacked = [f"{name} = numbers[{i}]" for i, name in enumerate(numbers)]
     unpacked[1] = "decays = numbers[1] != F(0)"
-    arrays = [cpu_array(program, role, f"at_{role}") for role in roles]
+    lines = [*arrays, *unpacked, "for i in range(n):"]
     return (
         f"@njit(**INNER)\ndef update_row({', '.join(arguments)}):\n"
-        f"{indent([*arrays, *unpacked], 1)}\n    for i in range(n):\n{indent(body, 2)}"
+        f"{indent(lines, 1)}\n{indent(cpu_entry(program), 2)}"
     )
 
 
@@ -283,30 +295,40 @@ def cpu_update(program: Program) -> str:
     )
 
 
+def cpu_item(program: Program) -> list[str]:
+    """Return the lines that look up item k, what its tensor is part of, and the constants."""
+    stages = range(len(program.stages))
+    names = itertools.chain.from_iterable(constants_of(program, j) for j in stages)
+    return [
+        "t, first, rows, cols = items[k, 0], items[k, 1], items[k, 2], items[k, 3]",
+        *(f"covers_{j} = flags[{j}, t]" for j in stages),
+        *(f"{name} = constants[{i}]" for i, name in enumerate(names)),
+    ]
+
+
+def cpu_phase(program: Program, q: int) -> list[str]:
+    """Return the lines that sum the q-th whole stage over item k, or finish its total."""
+    j, size = program.whole[q], program.dtypes[1].itemsize
+    call = [f"table[1, t] + {size} * first", "rows", "cols", "scale"]
+    call += context(program, j, rows=False)
+    return [
+        f"if phase == {q}:",
+        f"    partial[k] = reduce_{j}({', '.join(call)}) if covers_{j} else 0.0",
+        "    return",
+        f"if phase == WHOLE and covers_{j}:",
+        f"    totals[{q}, t] = reduce_{j}({', '.join(call)})",
+        f"total_{j} = {finished(program, j, f'F(totals[{q}, t])', f'F(counts[{q}, t])')}",
+    ]
+
+
 def cpu_work(program: Program) -> str:
     """Return the function that does one item of work: one phase of one part of one tensor."""
-    stages = range(len(program.stages))
-    lines = ["t, first, rows, cols = items[k, 0], items[k, 1], items[k, 2], items[k, 3]"]
-    lines += [f"covers_{j} = flags[{j}, t]" for j in stages]
-    names = itertools.chain.from_iterable(constants_of(program, j) for j in stages)
-    lines += [f"{name} = constants[{i}]" for i, name in enumerate(names)]
-    for q, j in enumerate(program.whole):
-        size = program.dtypes[1].itemsize
-        call = [f"table[1, t] + {size} * first", "rows", "cols", "scale"]
-        call += context(program, j, rows=False)
-        total = finished(program, j, f"F(totals[{q}, t])", f"F(counts[{q}, t])")
-        lines += [
-            f"if phase == {q}:",
-            f"    partial[k] = reduce_{j}({', '.join(call)}) if covers_{j} else 0.0",
-            "    return",
-            f"if phase == WHOLE and covers_{j}:",
-            f"    totals[{q}, t] = reduce_{j}({', '.join(call)})",
-            f"total_{j} = {total}",
-        ]
+    sums, lines = len(program.whole), cpu_item(program)
+    for q in range(sums):
+        lines += cpu_phase(program, q)
     call = ["table", "t", "first", "rows", "cols", "scale", "seeds[t]"]
-    call += [*context(program, len(stages), rows=False), "numbers[classes[t]]"]
+    call += [*context(program, len(program.stages), rows=False), "numbers[classes[t]]"]
     lines.append(f"update({', '.join(call)})")
-    sums = len(program.whole)
     return (
         f"SUMS = {sums}  # the phases before the update; a small tensor goes through all at once\n"
         f"WHOLE = {sums + 1}\n\n\n@njit(**INNER)\ndef work(phase, k, items, table, "
@@ -345,7 +367,8 @@ def run(board, rest, waves, claims, order, steps, items, table, flags, classes, 
 
 def cpu_head(program: Program) -> list[str]:
     """Return the part of a kernel's text that comes before the rule: types, roots and powers."""
-    parts = [NUMBA, KINDS, ADD, COUNTERS, CPU_PRIMITIVES, f"F = np.{program.wide}"]
+    counters = TAKE, READ, LET_OTHERS
+    parts = [NUMBA, KINDS, ADD, *counters, CPU_PRIMITIVES, f"F = np.{program.wide}"]
     if torch.bfloat16 in program.dtypes:
         parts.append(CPU_BFLOAT16)
     if torch.float16 in program.dtypes:
@@ -399,6 +422,42 @@ def classes_in(steps: np.ndarray, alike: bool) -> tuple[list[float], Any]:
     return known.tolist(), place
 
 
+def steps_for_rule(batch: "CPUBatch", members: slice) -> np.ndarray:
+    """Return the number of this step for each tensor; a rule that counts none asks for 1 or 2."""
+    if batch.method.counts_steps:
+        return batch.steps[members] + 1
+    return np.where(batch.new[members], 1, 2)
+
+
+def seed_noise(batch: "CPUBatch", group: Any, members: slice) -> None:
+    """Say what the rounding noise of a group's tensors starts from in this step."""
+    own, steps = batch.members[members], batch.steps[members] + 1
+    batch.seeds[members] = seeds_of(group, own, steps, batch.device)
+
+
+def fill_numbers(batch: "CPUBatch", alike: bool) -> None:
+    """Compute the scalars of all groups, one row for each number of steps that occurs in one."""
+    rows: list[list[Any]] = []
+    for g, members in batch.spans:
+        group = with_numbers(batch.method.param_groups[g], float)
+        if batch.program.stochastic:
+            seed_noise(batch, group, members)
+        known, place = classes_in(steps_for_rule(batch, members), alike)
+        batch.classes[members] = len(rows) + place
+        given = batch.method, batch.program.decay, group, float(group["lr"])
+        rows += [numbers_of(*given, step) for step in known]
+    batch.numbers = np.array(rows, batch.wide)
+
+
+def arguments_for(batch: "CPUBatch", waves: Waves) -> tuple[Any, ...]:
+    """Return the arguments of one call of a kernel, with a board of its own."""
+    board = np.zeros(3 * len(waves.phases), np.int64)
+    work = *waves[:3], batch.step_addresses, batch.schedule.items
+    tensors = batch.addresses, batch.covers, batch.classes, batch.numbers
+    sums = batch.totals.numpy(), batch.counts.numpy(), batch.constants
+    return board, yielding(), *work, *tensors, *sums, batch.scale, batch.seeds, batch.partial
+
+
 def compile_kernels(batch: "CPUBatch") -> None:
     """Call both kernels of a batch with nothing to do."""
     none, nothing = batch.addresses[0, :0], batch.steps[:0]
@@ -439,28 +498,13 @@ class CPUBatch(Batch):
         self.arrange()
         self.scale = self.wide(1 if scale is None else 1 / scale.item())
         alike = self.read_steps(self.step_addresses, self.steps)
-        rows: list[list[Any]] = []
-        for g, members in self.spans:
-            group = with_numbers(self.method.param_groups[g], float)
-            steps = self.steps[members] + 1 if self.counts_steps else self.steps
-            if self.program.stochastic:
-                self.seeds[members] = seeds_of(group, self.members[members], steps, self.device)
-            if not self.method.counts_steps:
-                steps, alike = np.where(self.new[members], 1, 2), not self.new.any()
-            known, place = classes_in(steps, alike)
-            self.classes[members] = len(rows) + place
-            given = self.method, self.program.decay, group, float(group["lr"])
-            rows += [numbers_of(*given, step) for step in known]
-        self.numbers = np.array(rows, self.wide)
+        if not self.method.counts_steps:
+            alike = not self.new.any()
+        fill_numbers(self, alike)
 
     def call(self, waves: Waves) -> None:
         """Do the work together with others, where there is enough of it."""
-        board = np.zeros(3 * len(waves.phases), np.int64)
-        work = *waves[:3], self.step_addresses, self.schedule.items
-        tensors = self.addresses, self.covers, self.classes, self.numbers
-        sums = self.totals.numpy(), self.counts.numpy(), self.constants
-        rest = self.scale, self.seeds, self.partial
-        arguments = board, yielding(), *work, *tensors, *sums, *rest
+        arguments = arguments_for(self, waves)
         others = min(self.cores - 1, waves.entries // ALONE)
         if others > 0:
             Crew.offer(others, (self.kernel, *arguments))

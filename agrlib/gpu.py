@@ -1,3 +1,4 @@
+# Exported from book/gpu.md: edit the chapter, not this file.
 """Kernels for the GPU: the text that Triton compiles, and the batch that launches it.
 
 Derived in the chapter "A kernel for the GPU".
@@ -27,6 +28,7 @@ from agrlib.program import (
     shape,
     update_lines,
 )
+
 
 GPU_HEADER = """
 import triton
@@ -79,8 +81,6 @@ def collect(partial, firsts, totals, BLOCK: tl.constexpr):
 
 
 GPU_FLOAT32 = dict(sqrt="tl.sqrt_rn(x)", divide="tl.div_rn(x, y)")  # IEEE, as in eager steps
-
-
 GPU_FLOAT64 = dict(sqrt="tl.sqrt(x)", divide="x / y")
 
 
@@ -194,32 +194,36 @@ def gpu_sum(program: Program, j: int) -> str:
     )
 
 
+GPU_ITEM = [
+    "t = tl.load(items + 4 * item)",
+    "first = tl.load(items + 4 * item + 1)",
+    "rows = tl.load(items + 4 * item + 2)",
+    "cols = tl.load(items + 4 * item + 3)",
+    "if ALIGNED:",
+    "    first = tl.multiple_of(first, 16)",
+    "    cols = tl.multiple_of(cols, 16)",
+    "scale = tl.load(scales)",
+    "rows = tl.where(tl.load(found_inf) == 0, rows, 0)  # or else nothing is written",
+]
+
+
+def gpu_total(program: Program, j: int) -> str:
+    """Return the line that loads and finishes the total of stage j, beyond a row."""
+    q, wide = program.whole.index(j), f"to(tl.{program.wide})"
+    total, count = (f"tl.load({a} + {q} * tensors + t).{wide}" for a in ("totals", "counts"))
+    return f"total_{j} = {finished(program, j, total, count)}"
+
+
 def gpu_start(program: Program, upto: int) -> list[str]:
     """Return the first lines of every kernel: its item, and the finished totals of its tensor."""
-    lines = [
-        "t = tl.load(items + 4 * item)",
-        "first = tl.load(items + 4 * item + 1)",
-        "rows = tl.load(items + 4 * item + 2)",
-        "cols = tl.load(items + 4 * item + 3)",
-        "if ALIGNED:",
-        "    first = tl.multiple_of(first, 16)",
-        "    cols = tl.multiple_of(cols, 16)",
-        "scale = tl.load(scales)",
-        "rows = tl.where(tl.load(found_inf) == 0, rows, 0)  # or else nothing is written",
-    ]
-    names = itertools.chain.from_iterable(
-        constants_of(program, j) for j in range(len(program.stages))
-    )
-    lines += [f"{name} = tl.load(constants + {i})" for i, name in enumerate(names)]
-    for j, stage in enumerate(program.stages[:upto]):
+    stages = range(len(program.stages))
+    names = itertools.chain.from_iterable(constants_of(program, j) for j in stages)
+    lines = [f"{name} = tl.load(constants + {i})" for i, name in enumerate(names)]
+    for j in stages[:upto]:
         lines.append(f"covers_{j} = tl.load(flags + {j} * tensors + t) != 0")
-        if stage.over in ("tensor", "all"):
-            q, wide = program.whole.index(j), f"to(tl.{program.wide})"
-            sums, counts = (
-                f"tl.load({a} + {q} * tensors + t).{wide}" for a in ("totals", "counts")
-            )
-            lines.append(f"total_{j} = {finished(program, j, sums, counts)}")
-    return lines
+        if j in program.whole:
+            lines.append(gpu_total(program, j))
+    return [*GPU_ITEM, *lines]
 
 
 def gpu_rows(program: Program, upto: int) -> list[str]:
@@ -324,7 +328,7 @@ def gpu_source(program: Program) -> str:
         <BLANKLINE>
         <BLANKLINE>
 
-    Source: chapter "One rule, three compilers".
+    Source: chapter "A kernel for the GPU".
     """
     exact = GPU_FLOAT64 if program.wide == "float64" else GPU_FLOAT32
     parts = [GPU_HEADER.strip("\n").format(**exact)]
@@ -458,6 +462,38 @@ def advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
         torch._foreach_sub_(steps, [found_inf.reshape(steps[0].shape)] * len(steps))
 
 
+def seed_noise(batch: "GPUBatch", group: Any, members: slice, steps: Tensor) -> None:
+    """Say what the rounding noise of a group's tensors starts from in this step."""
+    own = batch.members[members], steps.long(), batch.device
+    batch.seeds[members] = seeds_of(group, *own)
+
+
+def fill_numbers(batch: "GPUBatch") -> None:
+    """Hand over the scalars of all groups; the numbers of the steps stay on the device."""
+    method, device = batch.method, batch.device
+    if batch.counts_steps:
+        steps = torch.stack(batch.lookup.tensors[-1]).double().reshape(-1) + 1
+    for g, members in batch.spans:
+        group = with_numbers(method.param_groups[g])
+        if batch.program.stochastic:
+            seed_noise(batch, group, members, steps[members])
+        counts = method.counts_steps
+        step = steps[members] if counts else first_or_later(batch.new[members], device)
+        row = numbers_of(method, batch.program.decay, group, group["lr"], step)
+        batch.numbers.put(members, row)
+
+
+def arguments_for(batch: "GPUBatch") -> tuple[Any, ...]:
+    """Return the arguments of a launch."""
+    there, numbers = batch.tables, batch.numbers.there
+    tensors = there.items, batch.table.there, there.covers, batch.totals, batch.counts
+    values = there.constants, batch.scale, batch.found_inf, batch.partial, there.classes
+    return *tensors, *values, numbers, batch.seeds, len(batch.members), numbers.shape[1]
+
+
+LAUNCH = dict(num_warps=4, enable_fp_fusion=False)  # one rounding per operation
+
+
 class GPUBatch(Batch):
     """A batch whose kernels Triton compiles."""
 
@@ -500,29 +536,15 @@ class GPUBatch(Batch):
             self.scale = scale.double().reciprocal().to(self.device, self.wide)
         if found_inf is not None:
             self.found_inf = found_inf.to(self.device, torch.float32)
-        if self.counts_steps:
-            steps = torch.stack(self.lookup.tensors[-1]).double().reshape(-1) + 1
-        for g, members in self.spans:
-            group = with_numbers(self.method.param_groups[g])
-            if self.program.stochastic:
-                own = self.members[members], steps[members].long(), self.device
-                self.seeds[members] = seeds_of(group, *own)
-            counts = self.method.counts_steps
-            step = steps[members] if counts else first_or_later(self.new[members], self.device)
-            row = numbers_of(self.method, self.program.decay, group, group["lr"], step)
-            self.numbers.put(members, row)
+        fill_numbers(self)
 
     def call(self, kernel: Any) -> None:
         """Launch a kernel, a program of it for each item."""
         if self.tables.length:
-            there, numbers = self.tables, self.numbers.there
-            tensors = there.items, self.table.there, there.covers, self.totals, self.counts
-            values = there.constants, self.scale, self.found_inf, self.partial, there.classes
-            rest = numbers, self.seeds, len(self.members), numbers.shape[1]
-            options = dict(num_warps=4, enable_fp_fusion=False)  # one rounding per operation
+            arguments = arguments_for(self)
             with on_its_device(self.device):
-                launch = kernel[(there.length,)]
-                launch(*tensors, *values, *rest, ALIGNED=self.aligned, BLOCK=BLOCK, **options)
+                launch = kernel[(self.tables.length,)]
+                launch(*arguments, ALIGNED=self.aligned, BLOCK=BLOCK, **LAUNCH)
 
     def reduce(self, q: int) -> None:
         self.call(getattr(self.kernels, f"reduce_{self.program.whole[q]}"))

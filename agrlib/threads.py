@@ -1,3 +1,4 @@
+# Exported from book/threads.md: edit the chapter, not this file.
 """Work that several threads share: items, drawn from a counter, wave after wave.
 
 Derived in the chapter "Threads that draw their work".
@@ -19,12 +20,9 @@ from torch import Tensor
 
 from agrlib.batch import items_of
 
+
 CHUNK = 16384  # entries of an item on the CPU; four times as many in large batches
-
-
 SMALL = 131072  # a tensor up to this size is summed and updated by one core, from its cache
-
-
 TOGETHER = 2**19  # per core, entries of larger tensors that are summed, and then updated
 
 
