@@ -1,3 +1,4 @@
+# Exported from book/batch.md: edit the chapter, not this file.
 """The parameters that one kernel updates: their tables, and where their tensors lie.
 
 Derived in the chapter "One launch for many tensors".
@@ -14,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from agrlib.checks import Group, Method
 from agrlib.glance import Glance, glance_at
-from agrlib.layout import Layout, has_form, parts_in
+from agrlib.layout import Layout, has_form, has_strides, parts_in
 from agrlib.precision import noise_seed
 from agrlib.program import Program
 from agrlib.transforms import Transform
@@ -28,6 +29,13 @@ class Member(NamedTuple):
     number: int  # among all parameters of the optimizer
     new: bool  # without state so far
     noise: int  # tells the rounding noise of its part from that of all others
+
+
+def spans_of(members: Sequence[Member]) -> list[tuple[int, slice]]:
+    """Return each group with the stretch of the batch that belongs to it."""
+    groups = [member.group for member in members]
+    spans = [(g, groups.index(g), groups.count(g)) for g in dict.fromkeys(groups)]
+    return [(g, slice(first, first + count)) for g, first, count in spans]
 
 
 def rows_of(t: int, part: Tensor, chunk: int) -> list[tuple[int, int, int, int]]:
@@ -51,13 +59,6 @@ def items_of(
             items += [(t, i, 1, min(chunk, size - i)) for i in range(0, size, max(chunk, 1))]
         firsts.append(len(items))
     return np.array(items, np.int64).reshape(-1, 4), np.array(firsts, np.int64)
-
-
-def spans_of(members: Sequence[Member]) -> list[tuple[int, slice]]:
-    """Return each group with the stretch of the batch that belongs to it."""
-    groups = [member.group for member in members]
-    spans = [(g, groups.index(g), groups.count(g)) for g in dict.fromkeys(groups)]
-    return [(g, slice(first, first + count)) for g, first, count in spans]
 
 
 def numbers_of(method: Method, decay: str, group: Group, lr: Any, step: Any) -> list[Any]:
@@ -121,6 +122,13 @@ class Lookup:
         self.tensors[1] = grads  # a user's function may have made them; the kernel is still to run
         return True
 
+    def fits(self, role: int, tensors: list[Tensor], seen: bool) -> bool:
+        """Whether tensors have the form of their role; those seen before may have been turned."""
+        if not seen:
+            return has_form(self.layout, role, tensors)
+        is_step = role == len(self.layout.forms)
+        return is_step or has_strides(self.layout, parts_in(self.layout, tensors))
+
     def inspect(self, states: list[dict[str, Tensor]], grads: list[Tensor]) -> bool:
         """Look up all tensors again, one question after the other."""
         layout = self.layout
@@ -129,9 +137,7 @@ class Lookup:
             known = self.tensors or [[] for _ in rows]
             pairs = zip(rows, known, strict=True)
             seen = [bool(old) and all(map(is_, row, old)) for row, old in pairs]
-            if not all(
-                same or has_form(layout, role, rows[role]) for role, same in enumerate(seen)
-            ):
+            if not all(map(self.fits, range(len(rows)), rows, seen)):
                 return False
             found = [list(map(Tensor.data_ptr, parts_in(layout, row))) for row in rows]
         except (KeyError, RuntimeError):  # a state was removed, or a gradient is sparse

@@ -1,3 +1,4 @@
+# Exported from book/compilers.md: edit the chapter, not this file.
 """From text to machine code: which compiler serves a device, and what is kept of its work.
 
 Derived in the chapter "From text to machine code".
@@ -27,21 +28,6 @@ from torch import Tensor
 
 from agrlib.arithmetic import Changed, Unsupported
 from agrlib.checks import Group
-
-NUMBA = """
-import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
-
-
-@intrinsic
-def pointer(typing, address, like):
-    def build(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(address, like), build
-"""
 
 
 WARNED: set[str] = set()
@@ -80,6 +66,11 @@ def takes_triton(device: torch.device) -> bool:
     return device.type == "cuda" or interpreting()
 
 
+def compiler_for(device: torch.device) -> str:
+    """Return the name of the package that makes kernels for a device."""
+    return "triton" if takes_triton(device) else "numba"
+
+
 @functools.cache
 def import_error(name: str) -> Exception | None:
     """Return what keeps an optional package from being imported: any error, if it is broken."""
@@ -93,11 +84,6 @@ def import_error(name: str) -> Exception | None:
 def can_import(name: str) -> bool:
     """Whether an optional package is there and works."""
     return import_error(name) is None
-
-
-def compiler_for(device: torch.device) -> str:
-    """Return the name of the package that makes kernels for a device."""
-    return "triton" if takes_triton(device) else "numba"
 
 
 def broken_compiler(device: torch.device) -> str | None:
@@ -131,7 +117,29 @@ def refuse_devices(params: Iterable[Tensor]) -> None:
             raise RuntimeError(f"fused=True: {reason}") from import_error(compiler_for(device))
 
 
-HOUR = 3600.0  # seconds; no file takes as long to write
+NUMBA = """
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+
+@intrinsic
+def pointer(typing, address, like):
+    def build(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), build
+"""
+
+
+def execute(text: str, name: str, path: str) -> types.ModuleType:
+    """Run a generated source as a module; tracebacks and Triton find its lines without a file."""
+    module = types.ModuleType(f"_agrlib_{name}")
+    linecache.cache[path] = len(text), None, text.splitlines(keepends=True), path
+    sys.modules[module.__name__] = module  # numba finds the functions of a cached kernel by this
+    exec(compile(text, path, "exec"), module.__dict__)
+    return module
 
 
 def is_own(path: Path) -> bool:
@@ -168,6 +176,9 @@ def write(path: Path, content: bytes) -> None:
         os.replace(close(half), path)
     finally:
         half.unlink(missing_ok=True)
+
+
+HOUR = 3600.0  # seconds; no file takes as long to write
 
 
 def sweep(folder: Path) -> None:
@@ -225,15 +236,6 @@ def warn_of_cache(error: Exception) -> None:
         warn_once(f"{what} ({told(error)}): {remedy}")
 
 
-def execute(text: str, name: str, path: str) -> types.ModuleType:
-    """Run a generated source as a module; tracebacks and Triton find its lines without a file."""
-    module = types.ModuleType(f"_agrlib_{name}")
-    linecache.cache[path] = len(text), None, text.splitlines(keepends=True), path
-    sys.modules[module.__name__] = module  # numba finds the functions of a cached kernel by this
-    exec(compile(text, path, "exec"), module.__dict__)
-    return module
-
-
 def load_kept(text: str, stem: str) -> types.ModuleType:
     """Run a source from a file beside which numba keeps what it compiles."""
     versions = [importlib.import_module(name).__version__ for name in ("numba", "llvmlite")]
@@ -273,6 +275,20 @@ def load(text: str, stem: str) -> types.ModuleType:
 FAILED: dict[Any, str] = {}  # functions that cannot be compiled; a second attempt would be as slow
 
 
+def first_call(function: Any, call: Callable[[], Any]) -> None:
+    """Compile a kernel by a call with nothing to do, or load what an earlier process compiled."""
+    if function in FAILED:
+        raise Unsupported(FAILED[function])
+    try:
+        if hasattr(function, "py_func"):
+            compile_numba(function, call)
+        else:
+            call()
+    except Exception as error:
+        FAILED[function] = f"a kernel cannot be compiled ({told(error)})"
+        raise Unsupported(FAILED[function]) from error
+
+
 def compile_numba(function: Any, call: Callable[[], Any]) -> None:
     """Make the first call of numba's function, if need be again without what is on the disk."""
     if function.signatures:
@@ -293,17 +309,3 @@ def compile_numba(function: Any, call: Callable[[], Any]) -> None:
             write_down(function)
         except OSError as error:
             warn_of_cache(error)
-
-
-def first_call(function: Any, call: Callable[[], Any]) -> None:
-    """Compile a kernel by a call with nothing to do, or load what an earlier process compiled."""
-    if function in FAILED:
-        raise Unsupported(FAILED[function])
-    try:
-        if hasattr(function, "py_func"):
-            compile_numba(function, call)
-        else:
-            call()
-    except Exception as error:
-        FAILED[function] = f"a kernel cannot be compiled ({told(error)})"
-        raise Unsupported(FAILED[function]) from error

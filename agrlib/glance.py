@@ -1,3 +1,4 @@
+# Exported from book/glance.md: edit the chapter, not this file.
 """A quick look at all tensors of a step, through the C functions of CPython and DLPack.
 
 Derived in the chapter "A glance at a thousand tensors".
@@ -16,8 +17,6 @@ from torch import Tensor
 from agrlib.arithmetic import Unsupported
 from agrlib.compilers import NUMBA, broken_compiler, can_import, first_call, load, warn_once
 from agrlib.layout import PLAIN, Layout
-
-MANY = 32  # tensors of a batch from which on a glance is worth its own compilation
 
 
 class ExchangeAPI(ctypes.Structure):
@@ -49,6 +48,20 @@ def description() -> tuple[int, ...] | None:
     return api.describe, *(ctypes.cast(other, ctypes.c_void_p).value or 0 for other in others)
 
 
+NUMBERS = {  # of types in DLPack: 2 for floating point, 4 for bfloat16, then bits, then lanes
+    torch.float16: 2 | 16 << 8 | 1 << 16,
+    torch.float32: 2 | 32 << 8 | 1 << 16,
+    torch.float64: 2 | 64 << 8 | 1 << 16,
+    torch.bfloat16: 4 | 16 << 8 | 1 << 16,
+}
+
+
+def device_number(tensor: Tensor) -> int:
+    """Return a tensor's device as DLPack numbers it."""
+    kind, number = tensor.__dlpack_device__()
+    return int(kind) | number << 32
+
+
 CALLS = """
 def calling(result):  # C functions of two words, by their addresses
     @intrinsic
@@ -75,6 +88,21 @@ def tell(typing, function):
 
     return types.void(types.int64), build
 """
+
+
+def forms_of(layout: Layout) -> np.ndarray:
+    """Return a row for each tensor: how many axes it has, and each one's size and stride."""
+    axes = max(map(len, layout.shapes))
+    forms = np.zeros((len(layout.shapes), 1 + 2 * axes), np.int64)
+    for form, shape, strides in zip(forms, layout.shapes, layout.strides, strict=True):
+        form[0] = len(shape)
+        form[1 : 1 + 2 * len(shape)] = np.stack((shape, strides), axis=1).ravel()
+    return forms
+
+
+def places_in_memory(objects: Sequence[Any]) -> np.ndarray:
+    """Return where Python's objects lie: in CPython, an id is an address."""
+    return np.array([*map(id, objects)], np.int64)
 
 
 LOOK = """
@@ -116,33 +144,7 @@ def look(describe, lookup, forget, params, grads, states, keys, values, device, 
 """
 
 
-NUMBERS = {  # of types in DLPack: 2 for floating point, 4 for bfloat16, then bits, then lanes
-    torch.float16: 2 | 16 << 8 | 1 << 16,
-    torch.float32: 2 | 32 << 8 | 1 << 16,
-    torch.float64: 2 | 64 << 8 | 1 << 16,
-    torch.bfloat16: 4 | 16 << 8 | 1 << 16,
-}
-
-
-def device_number(tensor: Tensor) -> int:
-    """Return a tensor's device as DLPack numbers it."""
-    kind, number = tensor.__dlpack_device__()
-    return int(kind) | number << 32
-
-
-def forms_of(layout: Layout) -> np.ndarray:
-    """Return a row for each tensor: how many axes it has, and each one's size and stride."""
-    axes = max(map(len, layout.shapes))
-    forms = np.zeros((len(layout.shapes), 1 + 2 * axes), np.int64)
-    for form, shape, strides in zip(forms, layout.shapes, layout.strides, strict=True):
-        form[0] = len(shape)
-        form[1 : 1 + 2 * len(shape)] = np.stack((shape, strides), axis=1).ravel()
-    return forms
-
-
-def places_in_memory(objects: Sequence[Any]) -> np.ndarray:
-    """Return where Python's objects lie: in CPython, an id is an address."""
-    return np.array([*map(id, objects)], np.int64)
+MANY = 32  # tensors of a batch from which on a glance is worth its own compilation
 
 
 def is_possible(layout: Layout) -> bool:

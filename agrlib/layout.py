@@ -1,3 +1,4 @@
+# Exported from book/layout.md: edit the chapter, not this file.
 """How tensors lie in memory, and which of them a kernel takes.
 
 Derived in the chapter "Tensors that a kernel takes".
@@ -13,14 +14,6 @@ from torch import Tensor
 from agrlib.compilers import missing_compiler
 from agrlib.distributed import is_sharded, local, placements, why_not
 from agrlib.transforms import Transform
-
-TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-FORM = attrgetter("dtype", "device", "shape")
-
-
-PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
 
 
 def dense_in(tensor: Tensor, rows: bool) -> bool:
@@ -39,6 +32,12 @@ def dense_in(tensor: Tensor, rows: bool) -> bool:
 def same_layout(shape: Sequence[int], first: Sequence[int], second: Sequence[int]) -> bool:
     """Whether strides place all entries alike; that of an axis of length 1 says nothing."""
     return all(a == b or n == 1 for n, a, b in zip(shape, first, second, strict=True))
+
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
 
 
 def form_obstacle(param: Tensor, tensor: Tensor) -> str | None:
@@ -71,17 +70,20 @@ def obstacle(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None
     return next(filter(None, reasons), None)
 
 
+def like_param(grad: Tensor, param: Tensor) -> Tensor:
+    """Return a gradient whose entries lie in memory as those of its parameter do."""
+    if placements(grad) == placements(param) and local(grad).stride() == local(param).stride():
+        return grad
+    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
 def is_aligned(part: Tensor, chain: Iterable[Transform]) -> bool:
     """Whether a tensor, and each of its rows if they matter, begins where 16 bytes begin."""
     rows = part.dim() > 1 and part.numel() > 0 and any(f.over == "row" for f in chain)
     return part.data_ptr() % 16 == 0 and not (rows and (part.numel() // part.shape[0]) % 16)
 
 
-def like_param(grad: Tensor, param: Tensor) -> Tensor:
-    """Return a gradient whose entries lie in memory as those of its parameter do."""
-    if placements(grad) == placements(param) and local(grad).stride() == local(param).stride():
-        return grad
-    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+FORM = attrgetter("dtype", "device", "shape")
 
 
 class Layout(NamedTuple):
@@ -112,6 +114,15 @@ def parts_in(layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
     return list(map(local, tensors)) if layout.sharded else tensors
 
 
+def has_strides(layout: Layout, parts: list[Tensor]) -> bool:
+    """Whether parts still place their entries as those that the kernel was made for."""
+    if layout.contiguous and all(map(Tensor.is_contiguous, parts)):  # the quicker question
+        return True
+    strides = list(map(Tensor.stride, parts))
+    alike = map(same_layout, layout.shapes, strides, layout.strides)
+    return strides == layout.strides or all(alike)
+
+
 def has_form(layout: Layout, role: int, tensors: list[Tensor]) -> bool:
     """Whether tensors still are of the type and layout that the kernel was made for."""
     if role == len(layout.forms):  # the numbers of the steps
@@ -123,8 +134,4 @@ def has_form(layout: Layout, role: int, tensors: list[Tensor]) -> bool:
         return False
     if any(part.is_neg() for part in parts if part.numel() == 1):  # others have other strides
         return False
-    if layout.contiguous and all(map(Tensor.is_contiguous, parts)):  # the quicker question
-        return True
-    strides = list(map(Tensor.stride, parts))
-    alike = map(same_layout, layout.shapes, strides, layout.strides)
-    return strides == layout.strides or all(alike)
+    return has_strides(layout, parts)
