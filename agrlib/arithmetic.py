@@ -1,3 +1,4 @@
+# Exported from book/arithmetic.md: edit the chapter, not this file.
 """A rule is data: plain arithmetic, read from the source of a function.
 
 Derived in the chapter "A rule is data".
@@ -43,6 +44,38 @@ GRAMMAR = (
     ast.Name | ast.expr_context | ast.Add | ast.Sub | ast.Mult | ast.Div | ast.USub,
     ast.Lt | ast.LtE | ast.Gt | ast.GtE | ast.Eq | ast.NotEq,
 )
+
+
+def check_grammar(name: str, node: ast.FunctionDef) -> None:
+    """Refuse all that is no arithmetic."""
+    for part in itertools.chain.from_iterable(map(ast.walk, node.body)):
+        if isinstance(part, ast.Constant):
+            raise Unsupported(f"{name} holds the literal {part.value!r}: pass it as a scalar")
+        if not isinstance(part, GRAMMAR[0] | GRAMMAR[1] | GRAMMAR[2]):
+            shown = ast.unparse(part) or type(part).__name__
+            raise Unsupported(f"{name} holds more than plain arithmetic: {shown}")
+        if isinstance(part, ast.Call):
+            called = getattr(part.func, "id", None)
+            if part.keywords or called not in PRIMITIVES:
+                raise Unsupported(f"{name} calls {ast.unparse(part.func)}, which has no kernel")
+
+
+def check_names(name: str, node: ast.FunctionDef) -> None:
+    """Refuse a rule that reads variables of its module, or returns before its end."""
+    *body, last = node.body or [ast.Pass()]
+    plain = all(isinstance(line, ast.Assign) and len(line.targets) == 1 for line in body)
+    if not plain or not isinstance(last, ast.Return) or last.value is None:
+        raise Unsupported(f"{name} must be assignments followed by one return")
+    parts = list(ast.walk(ast.Module(node.body, [])))
+    names = [part for part in parts if isinstance(part, ast.Name)]
+    own = {argument.arg for argument in node.args.args}
+    own |= {part.id for part in names if isinstance(part.ctx, ast.Store)}
+    if taken := own & {*PRIMITIVES, "divide"}:
+        raise Unsupported(f"{name} names a variable {taken.pop()}, like a function of the kernel")
+    called = [part.func for part in parts if isinstance(part, ast.Call)]
+    for part in names:
+        if part.id not in own and part not in called:
+            raise Unsupported(f"{name} reads {part.id}, which is none of its arguments")
 
 
 CODE = attrgetter(
@@ -113,36 +146,21 @@ def source_of(function: types.FunctionType) -> tuple[ast.FunctionDef, bool]:
         raise changed(function) from error
 
 
-def check_grammar(name: str, node: ast.FunctionDef) -> None:
-    """Refuse all that is no arithmetic."""
-    for part in itertools.chain.from_iterable(map(ast.walk, node.body)):
-        if isinstance(part, ast.Constant):
-            raise Unsupported(f"{name} holds the literal {part.value!r}: pass it as a scalar")
-        if not isinstance(part, GRAMMAR[0] | GRAMMAR[1] | GRAMMAR[2]):
-            shown = ast.unparse(part) or type(part).__name__
-            raise Unsupported(f"{name} holds more than plain arithmetic: {shown}")
-        if isinstance(part, ast.Call):
-            called = getattr(part.func, "id", None)
-            if part.keywords or called not in PRIMITIVES:
-                raise Unsupported(f"{name} calls {ast.unparse(part.func)}, which has no kernel")
+def meaning(function: Any, name: str) -> Any:
+    """Return what a name that a function does not define stands for, now."""
+    free = function.__code__.co_freevars
+    if name not in free:
+        return function.__globals__.get(name, function.__builtins__.get(name))
+    try:
+        return function.__closure__[free.index(name)].cell_contents
+    except ValueError:  # nothing, so far
+        return None
 
 
-def check_names(name: str, node: ast.FunctionDef) -> None:
-    """Refuse a rule that reads variables of its module, or returns before its end."""
-    *body, last = node.body or [ast.Pass()]
-    plain = all(isinstance(line, ast.Assign) and len(line.targets) == 1 for line in body)
-    if not plain or not isinstance(last, ast.Return) or last.value is None:
-        raise Unsupported(f"{name} must be assignments followed by one return")
-    parts = list(ast.walk(ast.Module(node.body, [])))
-    names = [part for part in parts if isinstance(part, ast.Name)]
-    own = {argument.arg for argument in node.args.args}
-    own |= {part.id for part in names if isinstance(part.ctx, ast.Store)}
-    if taken := own & {*PRIMITIVES, "divide"}:
-        raise Unsupported(f"{name} names a variable {taken.pop()}, like a function of the kernel")
-    called = [part.func for part in parts if isinstance(part, ast.Call)]
-    for part in names:
-        if part.id not in own and part not in called:
-            raise Unsupported(f"{name} reads {part.id}, which is none of its arguments")
+def meanings(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """Return all names that a function does not define, and what they stand for, now."""
+    code = function.__code__
+    return [(name, meaning(function, name)) for name in (*code.co_names, *code.co_freevars)]
 
 
 def remembered(look: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -177,23 +195,6 @@ def syntax_of(function: types.FunctionType) -> ast.FunctionDef | Unsupported:
     return node if same else changed(function)
 
 
-def meaning(function: Any, name: str) -> Any:
-    """Return what a name that a function does not define stands for, now."""
-    free = function.__code__.co_freevars
-    if name not in free:
-        return function.__globals__.get(name, function.__builtins__.get(name))
-    try:
-        return function.__closure__[free.index(name)].cell_contents
-    except ValueError:  # nothing, so far
-        return None
-
-
-def meanings(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """Return all names that a function does not define, and what they stand for, now."""
-    code = function.__code__
-    return [(name, meaning(function, name)) for name in (*code.co_names, *code.co_freevars)]
-
-
 def read(function: Callable[..., Any]) -> ast.FunctionDef:
     """Return the syntax of a function in rule arithmetic, without all that does not compute.
 
@@ -210,7 +211,7 @@ def read(function: Callable[..., Any]) -> ast.FunctionDef:
         def descend(grad, param, lr):
             return (param - lr * grad,)
 
-    Source: chapter "One rule, three compilers".
+    Source: chapter "A rule is data".
     """
     name = getattr(function, "__name__", repr(function))
     if not isinstance(function, types.FunctionType):

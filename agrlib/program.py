@@ -1,3 +1,4 @@
+# Exported from book/program.md: edit the chapter, not this file.
 """What a step computes, as data: a rule, the stages of a chain, types, and how powers are taken.
 
 Derived in the chapter "A step as data".
@@ -118,10 +119,6 @@ def context(program: Program, upto: int, rows: bool = True) -> list[str]:
     return names
 
 
-def indent(lines: Iterable[str], depth: int) -> str:
-    return textwrap.indent("\n".join(lines), "    " * depth)
-
-
 def update_lines(program: Program) -> list[str]:
     """Return the lines that turn entry x of the gradient and entry p of the parameter into new."""
     lines = []
@@ -130,6 +127,10 @@ def update_lines(program: Program) -> list[str]:
     if program.decay == "parameter":
         lines.append("p = where(decays, decay(p, rate), p)")
     return lines
+
+
+def indent(lines: Iterable[str], depth: int) -> str:
+    return textwrap.indent("\n".join(lines), "    " * depth)
 
 
 def power_text(program: Program, decorator: str, general: str) -> str:
