@@ -1,3 +1,4 @@
+# Exported from book/eager.md: edit the chapter, not this file.
 """The eager way of a step: the rule on tensors, the reference for every kernel.
 
 Derived in the chapter "The rule on tensors".
