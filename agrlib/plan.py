@@ -26,12 +26,6 @@ from agrlib.program import Program, Recipe, named, power_of, recipe_of, stage_of
 from agrlib.transforms import Part, Transform, over_all, parts_of_groups
 
 
-WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
-
-
-Pending = list[tuple[Tensor, str, Tensor]]  # state that the first run is to store
-
-
 class Inventory(NamedTuple):
     """The parameters of a step, their gradients, and the number of each one's group."""
 
@@ -70,6 +64,9 @@ def reason_of(
     tensors = [state[key] for key in recipe.state if state.get(key) is not None]
     rows = any(f.over == "row" for f in recipe.compiled)
     return obstacle(param, [*([] if recipe.eager else [grad]), *tensors], rows)
+
+
+WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
 
 
 def candidates(method: Method, inventory: Inventory, recipes: Sequence[Recipe | None]) -> list[int]:
@@ -131,6 +128,9 @@ def sort_parameters(method: Method, inventory: Inventory) -> tuple[list[Recipe |
     recipes = recipes_of(method, inventory)
     fast = candidates(method, inventory, recipes)
     return recipes, without_conflicts(method, inventory, recipes, fast)
+
+
+Pending = list[tuple[Tensor, str, Tensor]]  # state that the first run is to store
 
 
 def missing_step(method: Method, group: Group, param: Tensor) -> Tensor | None:
