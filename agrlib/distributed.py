@@ -1,3 +1,4 @@
+# Exported from book/distributed.md: edit the chapter, not this file.
 """Totals of tensors whose parts lie on several processes: FSDP2, tensor parallel, HSDP.
 
 Derived in the chapter "Sums over shards".

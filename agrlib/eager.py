@@ -1,3 +1,4 @@
+# Exported from book/eager.md: edit the chapter, not this file.
 """The eager way of a step: the rule on tensors, the reference for every kernel.
 
 Derived in the chapter "The rule on tensors".
@@ -25,6 +26,11 @@ from agrlib.program import decay_gradient, decay_parameter
 from agrlib.transforms import Part, run_chains
 
 
+def unscaled(grads: Sequence[Any], inverse: Tensor) -> list[Any]:
+    """Undo a gradient scaler's factor, in new tensors; half precision becomes float32."""
+    return [widen(grad) * inverse.to(grad.device, torch.float32) for grad in grads]
+
+
 def shape_gradients(
     parts: Sequence[Part],
     params: Sequence[Tensor],
@@ -38,7 +44,7 @@ def shape_gradients(
     raw = [[grads[i] for i in members] for _, _, members in parts]
     if scale is not None:
         inverse = scale.double().reciprocal()
-        raw = [[widen(g) * inverse.to(g.device, torch.float32) for g in gs] for gs in raw]
+        raw = [unscaled(gs, inverse) for gs in raw]
     shaped = run_chains([chain for _, chain, _ in parts], raw)
     pairs = zip(parts, shaped, strict=True)
     return {i: g for (_, _, ms), gs in pairs for i, g in zip(ms, gs, strict=True)}

@@ -1,3 +1,4 @@
+# Exported from book/plan.md: edit the chapter, not this file.
 """Which parameters go through which kernel, what waits for what, and how long that holds.
 
 Derived in the chapter "A plan for a step".
@@ -23,9 +24,6 @@ from agrlib.layout import is_aligned, like_param, obstacle
 from agrlib.precision import first_state, state_dtype, widened
 from agrlib.program import Program, Recipe, named, power_of, recipe_of, stage_of
 from agrlib.transforms import Part, Transform, over_all, parts_of_groups
-
-WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
-Pending = list[tuple[Tensor, str, Tensor]]  # state that the first run is to store
 
 
 class Inventory(NamedTuple):
@@ -66,6 +64,9 @@ def reason_of(
     tensors = [state[key] for key in recipe.state if state.get(key) is not None]
     rows = any(f.over == "row" for f in recipe.compiled)
     return obstacle(param, [*([] if recipe.eager else [grad]), *tensors], rows)
+
+
+WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
 
 
 def candidates(method: Method, inventory: Inventory, recipes: Sequence[Recipe | None]) -> list[int]:
@@ -120,6 +121,16 @@ def without_conflicts(
         if kept == fast:
             return fast
         fast = kept
+
+
+def sort_parameters(method: Method, inventory: Inventory) -> tuple[list[Recipe | None], list[int]]:
+    """Return each group's recipe, and the parameters that are to go through kernels."""
+    recipes = recipes_of(method, inventory)
+    fast = candidates(method, inventory, recipes)
+    return recipes, without_conflicts(method, inventory, recipes, fast)
+
+
+Pending = list[tuple[Tensor, str, Tensor]]  # state that the first run is to store
 
 
 def missing_step(method: Method, group: Group, param: Tensor) -> Tensor | None:
@@ -322,6 +333,12 @@ def has_power(method: Method, group: Group, recipe: Recipe | None) -> bool:
     return recipe.power == power_of(recipe.rule, recipe.state, scalars)
 
 
+def have_powers(method: Method, recipes: Sequence[Recipe | None]) -> bool:
+    """Whether all kernels still raise to the exponents that their groups ask for."""
+    pairs = zip(method.param_groups, recipes, strict=True)
+    return all(has_power(method, group, recipe) for group, recipe in pairs)
+
+
 def rest_of(
     parts: Sequence[Part], recipes: Sequence[Recipe | None], compiled: set[int]
 ) -> list[Part]:
@@ -347,19 +364,6 @@ def hand_over(
         assert fits, "a kernel was made for tensors of another form"
     scale, found_inf = scaling
     batch.count(None if waits else scale, found_inf)  # eager transforms unscaled already
-
-
-def have_powers(method: Method, recipes: Sequence[Recipe | None]) -> bool:
-    """Whether all kernels still raise to the exponents that their groups ask for."""
-    pairs = zip(method.param_groups, recipes, strict=True)
-    return all(has_power(method, group, recipe) for group, recipe in pairs)
-
-
-def sort_parameters(method: Method, inventory: Inventory) -> tuple[list[Recipe | None], list[int]]:
-    """Return each group's recipe, and the parameters that are to go through kernels."""
-    recipes = recipes_of(method, inventory)
-    fast = candidates(method, inventory, recipes)
-    return recipes, without_conflicts(method, inventory, recipes, fast)
 
 
 class Plan:
