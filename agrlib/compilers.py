@@ -30,6 +30,12 @@ from agrlib.arithmetic import Changed, Unsupported
 from agrlib.checks import Group
 
 
+def told(error: BaseException) -> str:
+    """Return an error in one line, without the names of files, so that equal causes read alike."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}".removesuffix(": ")
+
+
 WARNED: set[str] = set()
 
 
@@ -38,12 +44,6 @@ def warn_once(cause: str) -> None:
     if cause not in WARNED:
         WARNED.add(cause)
         warnings.warn(cause, RuntimeWarning, stacklevel=2)
-
-
-def told(error: BaseException) -> str:
-    """Return an error in one line, without the names of files, so that equal causes read alike."""
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}".removesuffix(": ")
 
 
 def refuse(group: Group, reason: str | Unsupported, cause: Exception | None = None) -> None:
