@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 import agrlib
+from agrlib.experiment import COLORS
 from agrlib.optimizer import GradientMethod
 from agrlib.precision import state_dtype
 from agrlib.transforms import Transform
@@ -1023,8 +1024,6 @@ def plot(results: dict[str, Any], name: str, axes: Any) -> None:
     Source: chapter "The roofline".
     """
     from matplotlib.ticker import LogLocator
-
-    from agrlib.experiment import COLORS
 
     looks = {"agrlib fast": "blue D", "agrlib eager": "green ^", "torch": "grey o"}
     looks.update({"published": "orange s", "others": "purple v"})

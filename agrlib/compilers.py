@@ -29,14 +29,13 @@ from torch import Tensor
 from agrlib.arithmetic import Changed, Unsupported
 from agrlib.checks import Group
 
+WARNED: set[str] = set()
+
 
 def told(error: BaseException) -> str:
     """Return an error in one line, without the names of files, so that equal causes read alike."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}".removesuffix(": ")
-
-
-WARNED: set[str] = set()
 
 
 def warn_once(cause: str) -> None:

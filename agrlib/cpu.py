@@ -27,7 +27,6 @@ from agrlib.program import (
 )
 from agrlib.threads import ALONE, Crew, Waves, guard_forks, schedule_of, waves_of, yielding
 
-
 KINDS = """
 INNER = dict(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 EXACT = dict(**INNER, forceinline=True)  # IEEE: a quotient by zero is no exception

@@ -29,6 +29,13 @@ from agrlib.program import (
     update_lines,
 )
 
+GPU_TYPES = {
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
+
 
 GPU_HEADER = """
 import triton
@@ -82,14 +89,6 @@ def collect(partial, firsts, totals, BLOCK: tl.constexpr):
 
 GPU_FLOAT32 = dict(sqrt="tl.sqrt_rn(x)", divide="tl.div_rn(x, y)")  # IEEE, as in eager steps
 GPU_FLOAT64 = dict(sqrt="tl.sqrt(x)", divide="x / y")
-
-
-GPU_TYPES = {
-    torch.float32: "tl.float32",
-    torch.float64: "tl.float64",
-    torch.bfloat16: "tl.bfloat16",
-    torch.float16: "tl.float16",
-}
 
 
 GPU_BFLOAT16 = """

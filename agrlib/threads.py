@@ -20,7 +20,6 @@ from torch import Tensor
 
 from agrlib.batch import items_of
 
-
 CHUNK = 16384  # entries of an item on the CPU; four times as many in large batches
 SMALL = 131072  # a tensor up to this size is summed and updated by one core, from its cache
 TOGETHER = 2**19  # per core, entries of larger tensors that are summed, and then updated

@@ -463,6 +463,19 @@ def test_a_glance_sees_what_an_inspection_sees(disturb, monkeypatch):
     assert seen[0] == seen[1]
 
 
+@pytest.mark.usefixtures("looks")
+def test_a_square_parameter_that_was_turned_in_its_place():
+    """It has the object, address and shape that it had; its state is laid out as before."""
+    params = Way(True).parameters(torch.float32, [(4, 4), (3,)])
+    made = Way(True).optimizer(ADAMW, params)
+    feed(params, [torch.ones_like(p) for p in params])
+    made.step()
+    with torch.no_grad():
+        params[0].t_()
+    with pytest.raises(RuntimeError, match="other strides than its parameter"):
+        made.step()
+
+
 @pytest.mark.parametrize("many", [1, 10**9])
 def test_an_optimizer_that_nobody_holds_is_gone_with_its_state(many, monkeypatch):
     """Python's collector of circles comes seldom, and state is large."""
