@@ -338,9 +338,17 @@ def cpu_work(program: Program) -> str:
 
 CPU_RUN = """
 @njit(nogil=True, error_model="numpy", cache=True)
-def run(board, rest, waves, claims, order, steps, items, table, flags, classes, numbers, totals,
-        counts, constants, scale, seeds, partial):
+def run(leads, board, rest, waves, claims, order, steps, items, table, flags, classes, numbers,
+        totals, counts, constants, scale, seeds, partial):
     at = board.ctypes.data
+    begun, patience = at + 24 * len(waves), 1 << 14
+    if leads:
+        take(begun)
+    while read(begun) == 0 and patience > 0:
+        let_others(rest)
+        patience -= 1
+    if read(begun) == 0:  # whoever wants the step was interrupted before it began
+        return
     for w in range(len(waves)):
         phase, first, count = waves[w, 0], waves[w, 1], waves[w, 2]
         next, done, gate = at + 24 * w, at + 24 * w + 8, at + 24 * w + 16
@@ -450,7 +458,7 @@ def fill_numbers(batch: "CPUBatch", alike: bool) -> None:
 
 def arguments_for(batch: "CPUBatch", waves: Waves) -> tuple[Any, ...]:
     """Return the arguments of one call of a kernel, with a board of its own."""
-    board = np.zeros(3 * len(waves.phases), np.int64)
+    board = np.zeros(3 * len(waves.phases) + 1, np.int64)
     work = *waves[:3], batch.step_addresses, batch.schedule.items
     tensors = batch.addresses, batch.covers, batch.classes, batch.numbers
     sums = batch.totals.numpy(), batch.counts.numpy(), batch.constants
@@ -506,8 +514,8 @@ class CPUBatch(Batch):
         arguments = arguments_for(self, waves)
         others = min(self.cores - 1, waves.entries // ALONE)
         if others > 0:
-            Crew.offer(others, (self.kernel, *arguments))
-        self.kernel(*arguments)
+            Crew.offer(others, (self.kernel, False, *arguments))
+        self.kernel(True, *arguments)
 
     def reduce(self, q: int) -> None:
         self.totals[q] = 0

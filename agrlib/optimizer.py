@@ -27,7 +27,7 @@ from agrlib.compilers import refuse_devices
 from agrlib.distributed import made_by_zero
 from agrlib.eager import shape_gradients, update_all
 from agrlib.options import complete, refuse_unknown
-from agrlib.plan import Plan, plan_for
+from agrlib.plan import Plan, keep_plan, plan_for
 from agrlib.precision import seed_rounding
 from agrlib.transforms import Chain, Part, check_reach, parts_of_groups
 
@@ -75,12 +75,12 @@ def step_once(method: "GradientMethod") -> None:
     grads = [param.grad for param in params]
     plan, rest = share_work(method, params, grads)
     scale, found_inf = words_of_scaler(method)
-    if is_left_out(plan, rest, found_inf):
-        return
-    shaped = shape_gradients(rest, params, grads, scale, method.defaults["differentiable"])
-    if plan is not None:
-        plan.run(grads, shaped, scale, found_inf)
-    update_all(method, rest, params, shaped, set() if plan is None else plan.compiled)
+    if not is_left_out(plan, rest, found_inf):
+        shaped = shape_gradients(rest, params, grads, scale, method.defaults["differentiable"])
+        if plan is not None:
+            plan.run(grads, shaped, scale, found_inf)
+        update_all(method, rest, params, shaped, set() if plan is None else plan.compiled)
+    keep_plan(method, plan)
 
 
 def fill_in(method: "CheckedOptimizer", given: Any) -> None:

@@ -441,7 +441,7 @@ class Plan:
 
 
 def plan_for(method: Method, params: list[Tensor], grads: list[Tensor | None]) -> Plan | None:
-    """Return the plan of a step, the last one if it still fits; None if no kernel has a part."""
+    """Return the plan of a step, the last one if it still fits; None if no kernel is wanted."""
     ways = {group["fused"] for group in method.param_groups}
     if ways <= {False} or method.defaults["differentiable"]:
         return None
@@ -449,6 +449,10 @@ def plan_for(method: Method, params: list[Tensor], grads: list[Tensor | None]) -
     small = last is None and sum(p.numel() for p in params) < WORTH_COMPILING
     if small and True not in ways:
         return None
-    fits = last is not None and last.fits(params, grads)
-    plan = method.__dict__["_plan"] = last if fits else Plan(method, grads)
-    return plan if plan.batches else None
+    return last if last is not None and last.fits(params, grads) else Plan(method, grads)
+
+
+def keep_plan(method: Method, plan: Plan | None) -> None:
+    """Keep the plan of a step that has ended, for the next one."""
+    if plan is not None:
+        method.__dict__["_plan"] = plan

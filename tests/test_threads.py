@@ -6,6 +6,9 @@ import sys
 import textwrap
 
 import pytest
+import torch
+
+import agrlib
 
 SETUP = """
 import os, signal, sys, threading, torch
@@ -236,3 +239,86 @@ COMPILING = """
 def test_a_fork_waits_while_something_is_compiled():
     """Or else the child would wait for ever for a lock that nobody holds any more."""
     assert run_python(COMPILING) == ["(0, '0.0')"]
+
+
+BEFORE_IT_BEGINS = """
+    import time
+    torch.set_num_threads(2)
+    params, optimizer = make()
+    optimizer.step()
+    before, offer = [param.detach().clone() for param in params], threads.Crew.offer
+    def interrupted(count, job):
+        offer(count, job)
+        raise KeyboardInterrupt
+    threads.Crew.offer = interrupted
+    try:
+        optimizer.step()
+    except KeyboardInterrupt:
+        time.sleep(0.5)
+        print(alike(before, params), optimizer.state[params[0]]["step"].item())
+    threads.Crew.offer = offer
+    optimizer.step()
+    print(alike(params, train(0, 2)))
+"""
+
+
+def test_a_step_that_was_offered_but_never_begun_is_made_by_nobody():
+    assert run_python(BEFORE_IT_BEGINS) == ["True 1.0", "True"]
+
+
+class Interruption:
+    """Raises before the given line that a thread runs in the library."""
+
+    def __init__(self, line):
+        self.left = line
+
+    def trace(self, frame, event, argument):
+        if not frame.f_globals.get("__name__", "").startswith("agrlib."):
+            return None
+        self.left -= event == "line"
+        if self.left == 0 and event == "line":
+            raise KeyboardInterrupt
+        return self.trace
+
+    def step(self, optimizer):
+        """Return whether the step ended before that line."""
+        before = sys.gettrace()
+        sys.settrace(self.trace)
+        try:
+            optimizer.step()
+        except KeyboardInterrupt:
+            return False
+        finally:
+            sys.settrace(before)
+        return True
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_a_step_interrupted_at_any_line_was_made_or_was_not(name):
+    options = dict(AdamW=dict(lr=0.1), SGD=dict(lr=0.1, momentum=0.9, dampening=0.5))[name]
+
+    def start():
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, size)) for size in (5, 7)]
+        for param in params:
+            param.grad = param.detach() ** 2 + 1
+        chain = [agrlib.agr, agrlib.clip_global_norm(1.0)]
+        optimizer = getattr(agrlib, name)(params, transforms=chain, fused=True, **options)
+        optimizer.step()
+        return params, optimizer
+
+    twin, other = start()
+    known = []
+    for _ in range(4):
+        known.append([param.detach().clone() for param in twin])
+        other.step()
+    made, line, ended = [], 0, False
+    while not ended:
+        params, optimizer = start()
+        line += 1
+        ended = Interruption(line).step(optimizer)
+        done = [all(map(torch.equal, params, state)) for state in known]
+        assert done in ([True, False, False, False], [False, True, False, False]), line
+        made.append(done.index(True))
+        optimizer.step()
+        assert all(map(torch.equal, params, known[made[-1] + 1])), line
+    assert line > 100 and set(made) == {0, 1}
