@@ -172,7 +172,7 @@ def agrlib_step(method: str, fused: bool, tensors: Tensors) -> Step:
     return optimizer.step
 
 
-def contenders(methods: Iterable[str] = METHODS) -> dict[str, Callable[[Tensors], Step]]:
+def contenders(methods: Iterable[str] = METHODS) -> dict[str, partial[Step]]:
     """Return what builds the steps of the named methods; torch's AdamW is always there."""
     methods = list(methods)
     found = {f"AdamW, torch {way}": partial(torch_step, how) for way, how in TORCH.items()}
