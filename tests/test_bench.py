@@ -179,6 +179,7 @@ def test_each_contender_has_its_turn_in_every_round():
     seconds = bench.measure(steps, 4, lambda: rounds.append(len(calls)), at_least=1e-12)
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 4)
     assert all(x > 0 for values in seconds.values() for x in values)
+    assert len(rounds) == 4
     for begin, end in itertools.pairwise([*rounds, len(calls)]):
         turns = [name for name, _ in itertools.groupby(calls[begin:end])]
         assert sorted(turns) == list("abc")
@@ -395,6 +396,14 @@ def test_caches_are_those_of_data(tmp_path):
             (folder / name).write_text(text + "\n")
     (tmp_path / "index9").mkdir()
     assert bench.caches(tmp_path) == {"L1d": 48 * 1024, "L2": 2**21, "L3": None}
+
+
+def test_caches_together_are_the_third_level_and_the_others_of_each_core(monkeypatch):
+    monkeypatch.setattr(bench, "cores", lambda: 3)
+    monkeypatch.setattr(bench, "caches", lambda: {"L1d": 5, "L2": 100, "L3": 10_000})
+    assert bench.cache_size("cpu") == 10_315
+    monkeypatch.setattr(bench, "caches", lambda: {"L1d": 5, "L2": None, "L3": None})
+    assert bench.cache_size("cpu") == 15
 
 
 def test_a_system_that_tells_nothing(monkeypatch, tmp_path):
