@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from source import HTML, chapters
+from source import HTML, ROOT, chapters
 
 pytestmark = pytest.mark.browser
 
@@ -104,7 +104,8 @@ def test_index_leads_to_every_chapter(tab):
 @pytest.mark.parametrize("name", chapters())
 def test_chapter_is_typeset(tab, name):
     open_page(tab, f"/book/{name}.html")
-    assert tab.locator("article mjx-container").count() >= 3
+    written = (ROOT / "book" / f"{name}.md").read_text().count("$") // 2  # some chapters need none
+    assert tab.locator("article mjx-container").count() >= min(3, written)
     assert tab.locator("article mjx-merror, article [data-mjx-error]").count() == 0
     text = tab.locator("article").inner_text()
     assert not re.search(r"\\[(\[]|\\begin\{|\$\$|\(\?\?\?\)", text), "an equation is not typeset"
