@@ -140,8 +140,8 @@ class Lookup:
             if not all(map(self.fits, range(len(rows)), rows, seen)):
                 return False
             found = [list(map(Tensor.data_ptr, parts_in(layout, row))) for row in rows]
-        except (KeyError, RuntimeError):  # a state was removed, or a gradient is sparse
-            return False
+        except (AttributeError, KeyError, RuntimeError, TypeError):
+            return False  # a state was removed or is no tensor, or a gradient is sparse
         addresses = np.array(found, np.int64)
         if not addresses[:, self.filled].all():  # a tensor without memory
             return False

@@ -154,3 +154,24 @@ def check_params(params: Iterable[Tensor], differentiable: bool) -> None:
                 "differentiable=True cannot overwrite a leaf that requires grad: "
                 "optimize a clone of it, so that autograd can record the step"
             )
+
+
+def check_state(param: Tensor, state: Group, keys: Iterable[str]) -> None:
+    """Refuse state that does not belong to its parameter; what is missing will be made."""
+    for key in (*keys, "step"):
+        value, one = state.get(key), key == "step"
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"state {key!r} must be a tensor, not {described(value)}")
+        if value is None or (value.numel() == 1 if one else value.shape == param.shape):
+            continue
+        asked = () if one else tuple(param.shape)
+        wrong = f"state {key!r} has shape {tuple(value.shape)}, not {asked}"
+        raise RuntimeError(f"{wrong}: is it that of another model?")
+
+
+def check_tensors(method: Method, group: Group, params: list[Tensor]) -> None:
+    """Refuse, before anything is written, parameters, gradients and state of a wrong kind."""
+    check_params(params, method.defaults["differentiable"])
+    _, keys = method.update_rule(group)
+    for param in params:
+        check_state(param, method.state.get(param, {}), keys)

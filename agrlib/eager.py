@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agrlib.checks import Group, Method, as_number, check_params, with_numbers
+from agrlib.checks import Group, Method, as_number, check_tensors, with_numbers
 from agrlib.distributed import part_number
 from agrlib.precision import (
     as_real,
@@ -32,15 +32,15 @@ def unscaled(grads: Sequence[Any], inverse: Tensor) -> list[Any]:
 
 
 def shape_gradients(
+    method: Method,
     parts: Sequence[Part],
     params: Sequence[Tensor],
     grads: Sequence[Any],
     scale: Tensor | None,
-    differentiable: bool,
 ) -> dict[int, Tensor]:
     """Return the transformed gradients; everything that can be refused is refused before."""
-    for _, _, members in parts:
-        check_params([params[i] for i in members], differentiable)
+    for group, _, members in parts:
+        check_tensors(method, group, [params[i] for i in members])
     raw = [[grads[i] for i in members] for _, _, members in parts]
     if scale is not None:
         inverse = scale.double().reciprocal()

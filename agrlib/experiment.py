@@ -26,6 +26,16 @@ class Data:
     test: tuple[Tensor, Tensor]
 
 
+def three_parts(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the places of a training part and of a validation and a test part of that size."""
+    from sklearn.model_selection import train_test_split
+
+    order = np.arange(len(labels))
+    rest, test = train_test_split(order, test_size=size, stratify=labels, random_state=0)
+    train, valid = train_test_split(rest, test_size=size, stratify=labels[rest], random_state=0)
+    return train, valid, test
+
+
 def load_digits() -> Data:
     """Return scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, 10 classes.
 
@@ -46,19 +56,12 @@ def load_digits() -> Data:
     Source: chapter "A fair experiment".
     """
     try:
-        from sklearn import datasets, model_selection
+        from sklearn import datasets
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
     pixels, labels = datasets.load_digits(return_X_y=True)
-    order = np.arange(len(labels))
-    rest, test = model_selection.train_test_split(
-        order, test_size=350, stratify=labels, random_state=0
-    )
-    train, valid = model_selection.train_test_split(
-        rest, test_size=350, stratify=labels[rest], random_state=0
-    )
     x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
-    return Data(*((x[part], y[part]) for part in (train, valid, test)))
+    return Data(*((x[part], y[part]) for part in three_parts(labels, size=350)))
 
 
 def seed_everything(seed: int) -> None:
@@ -107,21 +110,8 @@ def convnet(channels: int = 16) -> nn.Module:
     )
 
 
-def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
-    """Yield the items and show how far it is: a bar in a notebook, which vanishes, or a terminal.
-
-    Where neither is watching, nothing is printed.
-
-    Example:
-        >>> [2 * item for item in progress([1, 2], "doubling")]
-        [2, 4]
-    """
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not hasattr(shell, "kernel"):
-        from tqdm import tqdm
-
-        yield from tqdm(items, label, leave=False, disable=None)
-        return
+def notebook_bar(items: Sequence[Any], label: str) -> Iterator[Any]:
+    """Yield the items and draw a bar below the cell; it vanishes at the end."""
     from IPython.display import HTML, display
 
     def bar(done: int) -> HTML:
@@ -132,6 +122,24 @@ def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
         yield item
         shown.update(bar(done))
     shown.update(HTML(""))
+
+
+def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
+    """Yield the items and show how far it is: a bar in a notebook, which vanishes, or a terminal.
+
+    Where neither is watching, nothing is printed.
+
+    Example:
+        >>> [2 * item for item in progress([1, 2], "doubling")]
+        [2, 4]
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if hasattr(shell, "kernel"):
+        yield from notebook_bar(items, label)
+    else:
+        from tqdm import tqdm
+
+        yield from tqdm(items, label, leave=False, disable=None)
 
 
 @dataclass
@@ -152,6 +160,21 @@ def evaluate(model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[float, floa
     model.train(was_training)
     loss = functional.cross_entropy(logits, part[1])
     return loss.item(), (logits.argmax(1) == part[1]).float().mean().item()
+
+
+def one_epoch(
+    model: nn.Module,
+    part: tuple[Tensor, Tensor],
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    generator: torch.Generator,
+) -> None:
+    """Make a step for each mini-batch of a part of the data, in a new order."""
+    x, y = part
+    for batch in torch.randperm(len(x), generator=generator).split(batch_size):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
 
 
 def train(
@@ -191,15 +214,11 @@ def train(
     """
     if epochs < 0 or batch_size < 1:
         raise ValueError(f"need epochs >= 0 and batch_size >= 1, not {epochs} and {batch_size}")
-    x, y = data.train
     generator = torch.Generator().manual_seed(seed)
     history = History()
     for epoch in range(epochs + 1):
         if epoch > 0:
-            for batch in torch.randperm(len(x), generator=generator).split(batch_size):
-                optimizer.zero_grad()
-                functional.cross_entropy(model(x[batch]), y[batch]).backward()
-                optimizer.step()
+            one_epoch(model, data.train, optimizer, batch_size, generator)
             if scheduler is not None:
                 scheduler.step()
         valid_loss, valid_accuracy = evaluate(model, data.valid)
@@ -274,6 +293,13 @@ def tune(
     return min(scores, key=lambda key: scores[key])
 
 
+def student_quantile(confidence: float, degrees: int) -> float:
+    """Return t such that Student's distribution has this share between -t and t."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + confidence) / 2, degrees))
+
+
 def paired_interval(
     first: Sequence[float], second: Sequence[float], confidence: float = 0.95
 ) -> tuple[float, float, float]:
@@ -300,14 +326,12 @@ def paired_interval(
 
     Source: Student (1908); chapter "A fair experiment".
     """
-    from scipy import stats
-
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(f"need two or more pairs, not {len(first)} and {len(second)} results")
     difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     mean = difference.mean()
     error = difference.std(ddof=1) / np.sqrt(len(difference))
-    reach = stats.t.ppf((1 + confidence) / 2, len(difference) - 1) * error
+    reach = student_quantile(confidence, len(difference) - 1) * error
     return float(mean), float(mean - reach), float(mean + reach)
 
 
@@ -321,6 +345,23 @@ COLORS = dict(
 )
 
 
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (6.4, 3.4),
+    "figure.dpi": 120,
+    "figure.constrained_layout.use": True,
+    "savefig.transparent": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "font.size": 10,
+}
+INK: tuple[str, ...] = ("text.color", "xtick.color", "ytick.color", "grid.color")
+INK += ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor")
+
+
 def use_book_style() -> None:
     """Set matplotlib to transparent figures that can be read on white and on black.
 
@@ -331,25 +372,8 @@ def use_book_style() -> None:
     import matplotlib
     from cycler import cycler
 
-    settings: dict[Any, Any] = {
-        "figure.figsize": (6.4, 3.4),
-        "figure.dpi": 120,
-        "figure.constrained_layout.use": True,
-        "savefig.transparent": True,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": cycler(color=list(COLORS.values())[1:]),
-        "legend.frameon": False,
-        "lines.linewidth": 1.8,
-        "font.size": 10,
-    }
-    for key in ("text.color", "xtick.color", "ytick.color", "grid.color"):
-        settings[key] = "#808080"
-    for key in ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor"):
-        settings[key] = "#808080"
-    matplotlib.rcParams.update(settings)
+    colors: dict[Any, Any] = {"axes.prop_cycle": cycler(color=list(COLORS.values())[1:])}
+    matplotlib.rcParams.update(STYLE | dict.fromkeys(INK, "#808080") | colors)
 
 
 def plot_runs(

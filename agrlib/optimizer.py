@@ -76,7 +76,7 @@ def step_once(method: "GradientMethod") -> None:
     plan, rest = share_work(method, params, grads)
     scale, found_inf = words_of_scaler(method)
     if not is_left_out(plan, rest, found_inf):
-        shaped = shape_gradients(rest, params, grads, scale, method.defaults["differentiable"])
+        shaped = shape_gradients(method, rest, params, grads, scale)
         if plan is not None:
             plan.run(grads, shaped, scale, found_inf)
         update_all(method, rest, params, shaped, set() if plan is None else plan.compiled)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from agrlib.arithmetic import Unsupported, meaning, meanings
 from agrlib.batch import Batch, Member
-from agrlib.checks import Group, Method, check_params, with_numbers
+from agrlib.checks import Group, Method, check_tensors, with_numbers
 from agrlib.compilers import broken_compiler, refuse, takes_triton, told, warn_once
 from agrlib.cpu import CPUBatch
 from agrlib.distributed import add_totals, is_sharded, local, part_number, places_of
@@ -384,8 +384,8 @@ class Plan:
         self.signature = signature_of(method)
         inventory, parts = Inventory.of(method, grads), parts_of_groups(method.param_groups, grads)
         self.params = inventory.params
-        for _, _, members in parts:
-            check_params([self.params[i] for i in members], method.defaults["differentiable"])
+        for group, _, members in parts:
+            check_tensors(method, group, [self.params[i] for i in members])
         self.recipes, fast = sort_parameters(method, inventory)
         made = make_batches(self.method, inventory, self.recipes, fast)
         self.batches, self.pending, fast = made

@@ -314,6 +314,21 @@ def test_a_step_that_raises_changes_nothing(entry, failure, warm):
     assert all(param.grad is grad for param, grad in zip(params, objects, strict=True))
 
 
+@pytest.mark.parametrize("strange", [7, torch.ones(7)], ids=["number", "shape"])
+@every
+def test_state_that_does_not_fit_is_refused_before_anything_is_written(entry, strange):
+    params = parameters(shapes=[(3, 4), (5,), (6,)])
+    optimizer = two_groups(entry, params)
+    train(optimizer, gradients(params))
+    before, state = content(optimizer), optimizer.state[params[-1]]
+    for key, value in state.items():
+        state[key] = strange
+        with pytest.raises((RuntimeError, TypeError), match=f"state '{key}' (must be|has shape)"):
+            optimizer.step()
+        state[key] = value
+        assert content(optimizer) == before
+
+
 @every
 def test_a_user_function_gets_a_copy_that_it_may_overwrite(entry):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
