@@ -4,6 +4,7 @@
 Derived in the chapter "One launch for many tensors".
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -155,7 +156,7 @@ class Lookup:
         return True
 
 
-class Batch:
+class Batch(ABC):
     """Parameters that one kernel updates, and the tables that the kernel reads."""
 
     def __init__(
@@ -207,18 +208,18 @@ class Batch:
         """Return over how many entries the q-th whole stage sums in this batch."""
         return float(self.entries[self.covers[self.program.whole[q]]].sum())
 
+    @abstractmethod
     def place(self, addresses: np.ndarray) -> None:
         """Hand the addresses to the kernel, where they have changed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Hand over what is new in this step: the gradient scale and the scalars of the rule."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reduce(self, q: int) -> None:
         """Sum this process's parts for the q-th whole stage into `totals[q]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, alone: bool) -> None:
         """Update; `alone` says that the totals are still to be computed."""
-        raise NotImplementedError
