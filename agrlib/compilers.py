@@ -45,12 +45,15 @@ def warn_once(cause: str) -> None:
         warnings.warn(cause, RuntimeWarning, stacklevel=2)
 
 
-def refuse(group: Group, reason: str | Unsupported, cause: Exception | None = None) -> None:
+def refuse(
+    group: Group,
+    reason: str | Unsupported,
+    cause: Exception | None = None,
+    instead: str = "such parameters go the eager way",
+) -> None:
     """Raise where a group demands what a kernel cannot do."""
     if group["fused"]:
-        raise RuntimeError(
-            f"fused=True: {reason}. With fused=None such parameters go the eager way"
-        ) from cause
+        raise RuntimeError(f"fused=True: {reason}. With fused=None {instead}") from cause
     if group["fused"] is None and isinstance(reason, Changed):
         warn_once(f"{reason}. It goes the eager way")
 

@@ -42,32 +42,35 @@ PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewher
 
 def form_obstacle(param: Tensor, tensor: Tensor) -> str | None:
     """Say why a tensor does not lie in memory as its parameter does, or None."""
-    part = local(param)
-    if type(local(tensor)) not in PLAIN:
-        return f"there is no kernel for tensors of the class {type(tensor).__name__}"
+    part, other = local(param), local(tensor)
+    if type(other) not in PLAIN:
+        return f"is of the class {type(tensor).__name__}, for which there is no kernel"
     if tensor.dtype not in TYPES:
-        return f"there is no kernel for {tensor.dtype}"
-    if tensor.is_neg() or (local(tensor).numel() and not local(tensor).data_ptr()):
-        return "a tensor's numbers do not lie in memory as they are"
+        return f"is of {tensor.dtype}, for which there is no kernel"
+    if tensor.is_neg() or (other.numel() and not other.data_ptr()):
+        return "has numbers that do not lie in memory as they are"
     if tensor.device != param.device:
-        return "a gradient or state is on another device than its parameter"
+        return f"is on another device than its parameter: {tensor.device}"
     if tensor.shape != param.shape:
-        return "a gradient or state has another shape than its parameter"
-    if not same_layout(part.shape, local(tensor).stride(), part.stride()):
-        return "a gradient or state has other strides than its parameter"
+        return f"has another shape than its parameter: {tuple(tensor.shape)}"
+    if not same_layout(part.shape, other.stride(), part.stride()):
+        return f"has other strides than its parameter: {other.stride()}, not {part.stride()}"
     return None
 
 
-def obstacle(param: Tensor, tensors: Sequence[Tensor], rows: bool) -> str | None:
+def obstacle(param: Tensor, tensors: dict[str, Tensor], rows: bool) -> str | None:
     """Say why a parameter with this gradient and state cannot go through a kernel, or None."""
     if reason := missing_compiler(param.device):
         return reason
-    if is_sharded(param) and (reason := why_not(param, tensors, rows)):
+    if is_sharded(param) and (reason := why_not(param, list(tensors.values()), rows)):
         return reason
     if not dense_in(local(param), rows):
-        return "a parameter is not contiguous"
-    reasons = (form_obstacle(param, tensor) for tensor in (param, *tensors))
-    return next(filter(None, reasons), None)
+        which = "the rows of the parameter, which a transform sums, are" if rows else "it is"
+        return f"{which} not contiguous: strides {local(param).stride()}"
+    for name, tensor in {"it": param, **tensors}.items():
+        if reason := form_obstacle(param, tensor):
+            return f"{name} {reason}"
+    return None
 
 
 def like_param(grad: Tensor, param: Tensor) -> Tensor:

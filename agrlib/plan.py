@@ -18,30 +18,54 @@ from agrlib.batch import Batch, Member
 from agrlib.checks import Group, Method, check_tensors, with_numbers
 from agrlib.compilers import broken_compiler, refuse, takes_triton, told, warn_once
 from agrlib.cpu import CPUBatch
-from agrlib.distributed import add_totals, is_sharded, local, part_number, places_of
+from agrlib.distributed import (
+    add_totals,
+    is_sharded,
+    local,
+    part_number,
+    placements,
+    places_of,
+)
 from agrlib.gpu import GPUBatch
-from agrlib.layout import is_aligned, like_param, obstacle
+from agrlib.layout import form_obstacle, is_aligned, like_param, obstacle
 from agrlib.precision import first_state, state_dtype, widened
 from agrlib.program import Program, Recipe, named, power_of, recipe_of, stage_of
 from agrlib.transforms import Part, Transform, over_all, parts_of_groups
 
 
 class Inventory(NamedTuple):
-    """The parameters of a step, their gradients, and the number of each one's group."""
+    """The parameters of a step, their gradients, the number of each one's group, and reasons."""
 
     params: list[Tensor]
     grads: list[Tensor | None]
     groups: list[int]
+    reasons: dict[int, str]  # why a parameter goes the eager way
 
     @classmethod
     def of(cls, method: Method, grads: list[Tensor | None]) -> "Inventory":
         """List all parameters of an optimizer, in the order of its groups."""
         pairs = [(p, g) for g, group in enumerate(method.param_groups) for p in group["params"]]
-        return cls([p for p, _ in pairs], grads, [g for _, g in pairs])
+        return cls([p for p, _ in pairs], grads, [g for _, g in pairs], {})
 
     def ready(self, g: int) -> list[int]:
         """Return the numbers of a group's parameters that have a gradient."""
         return [i for i, h in enumerate(self.groups) if h == g and self.grads[i] is not None]
+
+
+def name_of(method: Method, inventory: Inventory, i: int) -> str:
+    """Return what a user calls a parameter: its name or its place, and its shape."""
+    g = inventory.groups[i]
+    place, names = i - inventory.groups.index(g), method.param_groups[g].get("param_names")
+    name = names[place] if names else f"group {g}, parameter {place}"
+    return f"{name}, {tuple(inventory.params[i].shape)}"
+
+
+def send_eager(method: Method, inventory: Inventory, i: int, reason: str) -> None:
+    """Note why a parameter goes the eager way, and raise where its group demands a kernel."""
+    inventory.reasons[i] = reason
+    group = method.param_groups[inventory.groups[i]]
+    if group["fused"]:
+        refuse(group, f"{name_of(method, inventory, i)} has no kernel, because {reason}")
 
 
 def recipes_of(method: Method, inventory: Inventory) -> list[Recipe | None]:
@@ -52,6 +76,7 @@ def recipes_of(method: Method, inventory: Inventory) -> list[Recipe | None]:
         try:
             recipes[g] = recipe_of(method, group) if inventory.ready(g) else None
         except Unsupported as error:
+            inventory.reasons.update(dict.fromkeys(inventory.ready(g), str(error)))
             refuse(group, error, error)
     return recipes
 
@@ -61,35 +86,48 @@ def reason_of(
 ) -> str | None:
     """Say why a parameter cannot go through a kernel, or None."""
     state = method.state.get(param, {})
-    tensors = [state[key] for key in recipe.state if state.get(key) is not None]
+    tensors = {f"state {k!r}": state[k] for k in recipe.state if state.get(k) is not None}
     rows = any(f.over == "row" for f in recipe.compiled)
-    return obstacle(param, [*([] if recipe.eager else [grad]), *tensors], rows)
-
-
-WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
+    return obstacle(param, tensors if recipe.eager else {"the gradient": grad, **tensors}, rows)
 
 
 def candidates(method: Method, inventory: Inventory, recipes: Sequence[Recipe | None]) -> list[int]:
-    """Return the numbers of the parameters for which a kernel is to be had, and worth it."""
-    fast, groups, entries = [], method.param_groups, 0
+    """Return the numbers of the parameters for which a kernel is to be had."""
+    fast, groups = [], method.param_groups
     often = Counter(map(id, inventory.params))
-    for i, (param, grad, g) in enumerate(zip(*inventory, strict=True)):
+    for i, (param, grad, g) in enumerate(zip(*inventory[:3], strict=True)):
         recipe = recipes[g]
         if grad is None or recipe is None or groups[g]["fused"] is False:
             continue
         reason = reason_of(method, groups[g], recipe, param, grad)
         if often[id(param)] > 1:
-            reason = "a parameter was given twice, and all are updated at once"
+            reason = "it was given twice, and a kernel updates all parameters at once"
         if reason is None:
             fast.append(i)
-            entries += param.numel()
             continue
-        refuse(groups[g], reason)
+        send_eager(method, inventory, i, reason)
         if broken := broken_compiler(param.device):
             warn_once(f"steps go the eager way, because {broken}")
-    if entries < WORTH_COMPILING:
-        fast = [i for i in fast if groups[inventory.groups[i]]["fused"]]
     return fast
+
+
+WORTH_COMPILING = 2**16  # parameters; below, making a kernel takes longer than it saves
+
+
+def few_of(entries: int) -> str:
+    """Say that kernels do not pay."""
+    return f"kernels begin at {WORTH_COMPILING:,} entries, not {entries:,}"
+
+
+def worth_it(method: Method, inventory: Inventory, fast: list[int]) -> list[int]:
+    """Return the candidates for which making a kernel pays, or is asked for."""
+    entries = sum(inventory.params[i].numel() for i in fast)
+    if entries >= WORTH_COMPILING:
+        return fast
+    few = few_of(entries)
+    kept = [i for i in fast if method.param_groups[inventory.groups[i]]["fused"]]
+    inventory.reasons.update(dict.fromkeys(set(fast) - set(kept), few))
+    return kept
 
 
 def totals_elsewhere(
@@ -112,10 +150,11 @@ def without_conflicts(
         eager = totals_elsewhere(method, inventory, recipes, fast)
         kept = []
         for i in fast:
-            recipe, group = recipes[inventory.groups[i]], method.param_groups[inventory.groups[i]]
+            recipe = recipes[inventory.groups[i]]
             assert recipe is not None
             if shared := over_all(recipe.compiled) & eager:
-                refuse(group, f"{shared.pop()} also covers tensors that no kernel takes")
+                reason = f"{shared.pop()} also covers tensors that no kernel takes"
+                send_eager(method, inventory, i, reason)
             else:
                 kept.append(i)
         if kept == fast:
@@ -126,7 +165,7 @@ def without_conflicts(
 def sort_parameters(method: Method, inventory: Inventory) -> tuple[list[Recipe | None], list[int]]:
     """Return each group's recipe, and the parameters that are to go through kernels."""
     recipes = recipes_of(method, inventory)
-    fast = candidates(method, inventory, recipes)
+    fast = worth_it(method, inventory, candidates(method, inventory, recipes))
     return recipes, without_conflicts(method, inventory, recipes, fast)
 
 
@@ -194,9 +233,12 @@ def members_of(
     return found, pending
 
 
-def give_up(method: Method, members: Iterable[Member], error: Exception) -> None:
+def give_up(
+    method: Method, inventory: Inventory, members: Sequence[Member], error: Exception
+) -> None:
     """Say why there is no kernel for some parameters."""
     reason = str(error) if isinstance(error, Unsupported) else told(error)
+    inventory.reasons.update(dict.fromkeys((member.number for member in members), reason))
     for g in dict.fromkeys(member.group for member in members):
         refuse(method.param_groups[g], reason, error)
     warn_once(f"steps go the eager way, because {reason}")
@@ -215,7 +257,7 @@ def make_batches(
             try:
                 batches.append(kind(method, program, chain, members))
             except Exception as error:  # of a compiler, a disk, a device
-                give_up(method, members, error)
+                give_up(method, inventory, members, error)
                 failed |= {member.number for member in members}
         if not failed:
             return batches, pending, fast
@@ -325,6 +367,23 @@ class Sources:
         )
 
 
+def kind_of(grad: Any) -> tuple[Any, ...]:
+    """Return all that decides whether a kernel takes a gradient."""
+    if grad is None or grad.layout != torch.strided:
+        return (grad is None,)
+    part = local(grad)
+    return type(part), part.dtype, part.device, part.stride(), part.is_neg(), placements(grad)
+
+
+def odd_ones(inventory: Inventory) -> dict[int, tuple[Any, ...]]:
+    """Return the gradients that keep their parameters off a kernel, as they are now."""
+    return {
+        i: kind_of(grad)
+        for i in inventory.reasons
+        if (grad := inventory.grads[i]) is not None and form_obstacle(inventory.params[i], grad)
+    }
+
+
 def has_power(method: Method, group: Group, recipe: Recipe | None) -> bool:
     """Whether a kernel still raises to the exponents that the group asks for."""
     if recipe is None or recipe.power in ("", "general"):
@@ -366,6 +425,21 @@ def hand_over(
     batch.count(None if waits else scale, found_inf)  # eager transforms unscaled already
 
 
+def kept(state: Any, pending: Pending) -> dict[Tensor, Group | None]:
+    """Return what is known of the parameters whose missing state is about to be stored."""
+    return {p: dict(state[p]) if p in state else None for p, _, _ in pending}
+
+
+def put_back(state: Any, before: dict[Tensor, Group | None]) -> None:
+    """Undo what was stored since."""
+    for param, known in before.items():
+        if known is None:
+            state.pop(param, None)
+        else:
+            state[param].clear()
+            state[param].update(known)
+
+
 class Plan:
     """How a step of an optimizer is split: batches for kernels, and parts for the eager way.
 
@@ -398,6 +472,7 @@ class Plan:
         self.rest = rest_of(parts, self.recipes, self.compiled)
         self.absent = [i for i, grad in enumerate(grads) if grad is None]
         self.eager = {i for _, _, members in self.rest for i in members}  # others: see `has_form`
+        self.odd, self.reasons = odd_ones(inventory), inventory.reasons
 
     def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Whether the plan still is that of the optimizer; looks up all tensors again."""
@@ -407,6 +482,7 @@ class Plan:
             and all(map(is_, params, self.params))
             and all(grads[i] is None for i in self.absent)
             and all(grads[i] is not None for i in self.eager)
+            and all(kind_of(grads[i]) == kind for i, kind in self.odd.items())
             and signature_of(self.method) == self.signature
             and self.sources.mean_the_same()
             and have_powers(self.method, self.recipes)
@@ -429,15 +505,24 @@ class Plan:
             scale: by what a gradient scaler has multiplied them, a tensor or None.
             found_inf: whether it has found a number that is not finite, a tensor or None.
         """
-        for param, key, tensor in self.pending:
-            self.method.state[param][key] = tensor
+        before = kept(self.method.state, self.pending)
+        try:
+            self.prepare(grads, shaped, (scale, found_inf))
+        except BaseException:
+            put_back(self.method.state, before)
+            raise
         self.pending = []
         for batch in self.batches:
-            hand_over(batch, self.waits(batch), grads, shaped, (scale, found_inf))
+            batch.run(alone=batch in self.alone)
+
+    def prepare(self, grads: list[Any], shaped: dict[int, Tensor], scaling: Sequence[Any]) -> None:
+        """Do all of a step that comes before the first write to a parameter."""
+        for param, key, tensor in self.pending:
+            self.method.state[param][key] = tensor
+        for batch in self.batches:
+            hand_over(batch, self.waits(batch), grads, shaped, scaling)
         for sums in self.rounds:
             sums.run()
-        for batch in self.batches:
-            batch.run(alone=batch in self.alone)
 
 
 def plan_for(method: Method, params: list[Tensor], grads: list[Tensor | None]) -> Plan | None:
@@ -456,3 +541,55 @@ def keep_plan(method: Method, plan: Plan | None) -> None:
     """Keep the plan of a step that has ended, for the next one."""
     if plan is not None:
         method.__dict__["_plan"] = plan
+
+
+def ways_of(plan: Plan) -> dict[int, str]:
+    """Say how the parameters of a plan are updated, by their numbers."""
+    ways = {i: f"eager, because {reason}" for i, reason in plan.reasons.items()}
+    for batch in plan.batches:
+        recipe = plan.recipes[batch.members[0].group]
+        before = f", after {recipe.eager} on tensors" if recipe and recipe.eager else ""
+        ways |= {member.number: f"kernel{before}" for member in batch.members}
+    return ways
+
+
+def why_no_plan(method: Method, params: Iterable[Tensor]) -> str:
+    """Say why all parameters of an optimizer go the eager way, or that nothing is known so far."""
+    entries = sum(param.numel() for param in params)
+    if method.defaults["differentiable"]:
+        return "eager, because differentiable=True"
+    if entries < WORTH_COMPILING and not any(group["fused"] for group in method.param_groups):
+        return f"eager, because {few_of(entries)}"
+    return "not known before the first step has ended"
+
+
+def explain(method: Method) -> list[str]:
+    """Say for each parameter of an optimizer which way its last step went, and why.
+
+    Args:
+        method: an optimizer of this library.
+
+    Returns:
+        A line for each parameter, in the order of the groups.
+
+    Example:
+        >>> import agrlib
+        >>> weight = torch.nn.Parameter(torch.zeros(300, 200))
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer = agrlib.SGD([weight], lr=0.1)
+        >>> optimizer.step()
+        >>> print(*explain(optimizer))
+        group 0, parameter 0, (300, 200): eager, because kernels begin at 65,536 entries, not 60,000
+
+    Source: chapter "A plan for a step".
+    """
+    params = [param for group in method.param_groups for param in group["params"]]
+    inventory, plan = Inventory.of(method, [p.grad for p in params]), method.__dict__.get("_plan")
+    whole, ways = why_no_plan(method, params), ways_of(plan) if plan is not None else {}
+    found = []
+    for i, g in enumerate(inventory.groups):
+        way = ways.get(i, "no gradient" if plan is not None else whole)
+        if method.param_groups[g]["fused"] is False:
+            way = "eager, because fused=False"
+        found.append(f"{name_of(method, inventory, i)}: {way}")
+    return found

@@ -204,7 +204,7 @@ def recipe_of(method: Method, group: Group) -> Recipe:
     chain = group["transforms"]
     reasons = [refusal(function) for function in chain]
     for reason in filter(None, reasons):
-        refuse(group, reason)
+        refuse(group, reason, reason, "it runs on tensors, and so do all before it")
     cut = max((i + 1 for i, reason in enumerate(reasons) if reason), default=0)
     parts = [f for t in chain[cut:] for f in (t.summand, t.finish, t.apply) if f is not None]
     if any(map(exponents, parts)):

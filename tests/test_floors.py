@@ -1,6 +1,7 @@
 """The floors of the library: who may import whom, and how long a module, a cell, a class may be."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -316,3 +317,19 @@ def test_a_long_class_is_red(tmp_path, more):
     permission = {"high.A": "for a reason that is given here"}
     unused = ["high.A needs no permission any more"]
     assert long_classes(root, permission) == ([] if more else unused)
+
+
+def test_the_page_for_contributors_shows_these_floors():
+    """Chapters named by the first and the last, as `sgd` ... `adan`, stand for those between."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d| ) +\| ((?:`\w+`[, .]*)+) \|", page, re.M)
+    shown: list[set[str]] = []
+    for number, names in rows:
+        found = re.findall(r"`(\w+)`", names)
+        if "..." in names:
+            row = FLOORS[len(shown)].split()
+            found += row[row.index(found[-2]) : row.index(found[-1])]
+        if number.strip():
+            shown.append(set())
+        shown[-1] |= set(found)
+    assert shown == [set(row.split()) for row in FLOORS]
