@@ -13,13 +13,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from agrlib.options import signature_of
+
 Group = dict[str, Any]
 
 
-NUMBERS = (
-    *("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "partial"),
-    *("lr_decay", "initial_accumulator_value"),
-)
+COMMON = ("lr", "weight_decay", "eps")
+
+
+def numbers_of(cls: type) -> tuple[str, ...]:
+    """Return the names of the options of a class that must be numbers."""
+    signature = signature_of(cls.__init__)  # type: ignore[misc]
+    known = signature.parameters.values() if signature else ()
+    defaults = {p.name: p.default for p in known if not isinstance(p.default, bool)}
+    numeric = (name for name, value in defaults.items() if isinstance(value, Real))
+    return tuple(dict.fromkeys((*COMMON, *numeric)))
 
 
 class Method(Protocol):
@@ -49,12 +57,12 @@ def described(value: Any) -> str:
     return f"{value!r} of type {type(value).__name__}"
 
 
-def check_numbers(group: Group) -> None:
+def check_numbers(group: Group, names: Iterable[str] = COMMON) -> None:
     """Refuse numbers of a kind that would fail in the middle of a step."""
     betas = group.get("betas", ())
     if not isinstance(betas, tuple | list):
         raise TypeError(f"betas must be a tuple of numbers, not {described(betas)}")
-    numbers = [(name, group[name]) for name in NUMBERS if name in group]
+    numbers = [(name, group[name]) for name in names if name in group]
     numbers += [(f"betas[{i}]", beta) for i, beta in enumerate(betas)]
     for name, value in numbers:
         if type(value) is not float and not isinstance(value, Real | Tensor):
@@ -63,9 +71,9 @@ def check_numbers(group: Group) -> None:
             raise ValueError(f"Tensor {name} must be 1-element")
 
 
-def check_types(group: Group) -> None:
+def check_types(group: Group, numbers: Iterable[str] = COMMON) -> None:
     """Refuse options of a kind that would fail in the middle of a step."""
-    check_numbers(group)
+    check_numbers(group, numbers)
     dtype = group["state_dtype"]
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         what = described(dtype)
@@ -110,9 +118,9 @@ def check_way(group: Group) -> None:
         raise RuntimeError("fused=True and differentiable=True exclude each other: leave out fused")
 
 
-def check_options(group: Group) -> None:
+def check_options(group: Group, numbers: Iterable[str] = COMMON) -> None:
     """Refuse what no method can work with; NaN fails every comparison below."""
-    check_types(group)
+    check_types(group, numbers)
     require(0.0 <= group["lr"] < math.inf, "learning rate", group["lr"])
     require(0.0 <= group["weight_decay"] < math.inf, "weight_decay value", group["weight_decay"])
     if "eps" in group:

@@ -14,12 +14,14 @@ from torch.optim.optimizer import ParamsT
 
 from agrlib.checkpoint import RecordedOptimizer, keep_step_outside_graphs
 from agrlib.checks import (
+    COMMON,
     Group,
     check_betas,
     check_decay,
     check_options,
     check_types,
     check_way,
+    numbers_of,
     try_options,
     with_numbers,
 )
@@ -37,7 +39,7 @@ def check_group(method: "GradientMethod", group: Group) -> None:
     group["transforms"] = Chain.of(group["transforms"])  # a plain list may have been put there
     check_reach(group["transforms"], method._made_by_zero)
     check_way(group)
-    check_types(group)
+    check_types(group, method.numbers)
     if any(param.grad is not None for param in group["params"]):
         try_options(method, with_numbers(group))
     seed_rounding(group)
@@ -113,6 +115,7 @@ class CheckedOptimizer(RecordedOptimizer):
     counts_steps = True
     number_of_betas = 2
     weight_decay_acts_on = "gradient"
+    numbers: tuple[str, ...] = COMMON
     _made_by_zero = False
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
@@ -135,7 +138,7 @@ class CheckedOptimizer(RecordedOptimizer):
 
     def check(self, group: Group) -> None:
         """Raise ValueError or RuntimeError for options that this method cannot work with."""
-        check_options(group)
+        check_options(group, self.numbers)
         check_betas(group, self.number_of_betas)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -160,13 +163,15 @@ class CheckedOptimizer(RecordedOptimizer):
 class GradientMethod(CheckedOptimizer):
     """An optimizer made of gradient transforms and one update rule; `step` is written here only.
 
-    A subclass names its rule and state (`update_rule`) and the rule's scalars (`scalars`). A rule
-    is a pure function in plain arithmetic without number literals, ``(grad, param, *state,
-    *scalars) -> (param, *state)``, of real tensors of one or more dimensions, float32 for
-    half-precision parameters. State starts at zero, or where `initial_value` says. `counts_steps`
-    says whether it holds torch's "step", `number_of_betas` how many there are, and
-    `weight_decay_acts_on` "gradient", "parameter" or "rule". A constructor takes what follows
-    `defaults` below as ``**options: Unpack[Options]``.
+    A subclass names its rule and state (`update_rule`) and the rule's scalars (`scalars`), in the
+    rule's order; lr and any option may be tensors there. A rule is a pure function in plain
+    arithmetic without number literals, ``(grad, param, *state, *scalars) -> (param, *state)``, of
+    real tensors of one or more dimensions, float32 for half-precision parameters. State starts at
+    zero, or where `initial_value` says. `counts_steps` says whether it holds torch's "step",
+    `number_of_betas` how many there are. `weight_decay_acts_on` is "gradient", which gets
+    weight_decay * param added, "parameter", which loses lr * weight_decay of itself before the
+    rule, or "rule". A constructor takes what follows `defaults` below as
+    ``**options: Unpack[Options]``.
 
     Args:
         params: parameters, named or not, or groups of them with their own values of any options.
@@ -211,6 +216,7 @@ class GradientMethod(CheckedOptimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         complete(cls)
+        cls.numbers = numbers_of(cls)
 
     @refuse_unknown
     def __init__(

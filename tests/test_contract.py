@@ -194,6 +194,28 @@ def test_kernels_for_a_device_without_any_are_refused_at_once(entry):
 
 
 @every
+def test_every_number_is_refused_by_name_where_it_is_none(entry):
+    numeric = [k for k, v in entry.kwargs.items() if type(v) in (int, float)]
+    assert {"lr", "weight_decay"} <= set(numeric)
+    params = parameters()[:1]
+    optimizer = two_groups(entry, params)
+    feed(params, gradients(params)[0])
+    for key in numeric:
+        number = optimizer.param_groups[0][key]
+        for wrong, message in (
+            ("x", f"{key} must be a number, not 'x' of type str"),
+            (None, f"{key} must be a number, not None"),
+            (torch.ones(2), f"Tensor {key} must be 1-element"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=message):
+                entry.cls(parameters(), **{**entry.kwargs, key: wrong})
+            optimizer.param_groups[0][key] = wrong
+            with pytest.raises((TypeError, ValueError), match=message):
+                optimizer.step()
+        optimizer.param_groups[0][key] = number
+
+
+@every
 def test_options_spoiled_later_are_noticed_before_anything_is_written(entry):
     """What a scheduler or a user put into the last group must not leave half a step behind."""
     spoiled = [("lr", None), ("weight_decay", "much"), ("state_dtype", torch.int64)]
