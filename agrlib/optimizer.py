@@ -163,15 +163,12 @@ class CheckedOptimizer(RecordedOptimizer):
 class GradientMethod(CheckedOptimizer):
     """An optimizer made of gradient transforms and one update rule; `step` is written here only.
 
-    A subclass names its rule and state (`update_rule`) and the rule's scalars (`scalars`), in the
-    rule's order; lr and any option may be tensors there. A rule is a pure function in plain
-    arithmetic without number literals, ``(grad, param, *state, *scalars) -> (param, *state)``, of
-    real tensors of one or more dimensions, float32 for half-precision parameters. State starts at
-    zero, or where `initial_value` says. `counts_steps` says whether it holds torch's "step",
-    `number_of_betas` how many there are. `weight_decay_acts_on` is "gradient", which gets
-    weight_decay * param added, "parameter", which loses lr * weight_decay of itself before the
-    rule, or "rule". A constructor takes what follows `defaults` below as
-    ``**options: Unpack[Options]``.
+    A subclass names its rule and state (`update_rule`), the rule's scalars (`scalars`; lr may be a
+    tensor), and what its attributes say. A rule is a pure function in plain arithmetic without
+    number literals, ``(grad, param, *state, *scalars) -> (param, *state)``, of real tensors with
+    axes, float32 for half precision. `weight_decay_acts_on` the "gradient" (weight_decay * param is
+    added), the "parameter" (lr * weight_decay * param comes off before the rule) or the "rule". A
+    constructor takes what follows `defaults` as ``**options: Unpack[Options]``.
 
     Args:
         params: parameters, named or not, or groups of them with their own values of any options.

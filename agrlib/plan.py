@@ -30,7 +30,7 @@ from agrlib.gpu import GPUBatch
 from agrlib.layout import form_obstacle, is_aligned, like_param, obstacle
 from agrlib.precision import first_state, state_dtype, widened
 from agrlib.program import Program, Recipe, named, power_of, recipe_of, stage_of
-from agrlib.transforms import Part, Transform, over_all, parts_of_groups
+from agrlib.transforms import FIELDS, Part, Transform, over_all, parts_of_groups
 
 
 class Inventory(NamedTuple):
@@ -345,7 +345,7 @@ def signature_of(method: Method) -> list[tuple[Any, ...]]:
     return found
 
 
-DECLARED = attrgetter("apply", "over", "summand", "finish", "constants", "smallest")
+DECLARED = attrgetter(*FIELDS)
 
 
 class Sources:

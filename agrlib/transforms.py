@@ -116,6 +116,9 @@ def by_name(transform: "Transform", protocol: Any) -> str | None:
     return None
 
 
+FIELDS = ("apply", "over", "summand", "finish", "constants", "smallest")
+
+
 class Transform:
     """A gradient transform that declares what it sums, so that it can be compiled.
 
@@ -195,8 +198,7 @@ class Transform:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Any, ...]:
-        functions = map(meaning, (self.apply, self.summand, self.finish))
-        return (self.__name__, self.over, *functions, self.constants, self.smallest)
+        return (self.__name__, *(meaning(getattr(self, field)) for field in FIELDS))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return by_name(self, protocol) or super().__reduce_ex__(protocol)

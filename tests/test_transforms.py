@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import math
 import pickle
 import subprocess
@@ -408,3 +409,8 @@ def test_the_norm_of_complex_numbers_is_that_of_torch(clip):
     for group in together:
         torch.nn.utils.clip_grad_norm_(group, 0.5)
     close(ours, [param.grad for param in params], 1e-6)
+
+
+def test_transforms_are_told_apart_by_all_that_they_declare():
+    """And their kernels: `plan` asks for the same fields."""
+    assert {*transforms.FIELDS, "name"} == set(inspect.signature(agrlib.Transform).parameters)

@@ -52,11 +52,10 @@ def result(found, name):
 # --- values -------------------------------------------------------------------------------------
 
 
-def test_every_rule_and_every_pair_runs_for_100_steps():
-    long = [name for name, case in CASES.items() if case.steps == STEPS]
-    assert {name_of(entry, []) for entry in OPTIMIZERS} <= set(long)
+def test_every_rule_runs_for_100_steps_and_every_pair_behind_some_rule():
+    assert all(CASES[name_of(entry, [])].steps == STEPS for entry in OPTIMIZERS)
     for pair in itertools.permutations(TRANSFORMS, 2):
-        assert sum(f" {list(pair)} float32" in name for name in long) == 1
+        assert any(f" {list(pair)} float32" in name for name in CASES if "many" not in name)
     assert all(name_of(ENTRIES[n], chain) in CASES for n in CHAINS for chain in CHAINS[n])
 
 
