@@ -67,6 +67,15 @@ class Program(NamedTuple):
         return [f"the_{name}" for name in names]
 
 
+def stage_of(transform: Transform) -> Stage:
+    """Return what a kernel needs to know of a transform, or raise Unsupported."""
+    for function in (transform.summand, transform.finish, transform.apply):
+        if function is not None:
+            read(function)
+    count = len(transform.constants)
+    return Stage(transform.over, transform.summand, transform.finish, transform.apply, count)
+
+
 def named(program: Program) -> dict[str, Callable[..., Any]]:
     """Return the rule and all functions of the chain, by their names in the kernel."""
     found = {"rule": program.rule}
@@ -154,15 +163,6 @@ class Recipe(NamedTuple):
     rule: Callable[..., Any]
     state: tuple[str, ...]
     power: str
-
-
-def stage_of(transform: Transform) -> Stage:
-    """Return what a kernel needs to know of a transform, or raise Unsupported."""
-    for function in (transform.summand, transform.finish, transform.apply):
-        if function is not None:
-            read(function)
-    count = len(transform.constants)
-    return Stage(transform.over, transform.summand, transform.finish, transform.apply, count)
 
 
 def refusal(function: Callable[..., Any]) -> Unsupported | None:
