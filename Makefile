@@ -86,6 +86,7 @@ frameworks: .venv-frameworks/ready .venv-timm/ready
 
 mutants: setup
 	@$(PY) tools/mutants.py
+	@$(PY) tools/claims.py
 
 clean:
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,21 +40,21 @@ TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
 
 
-def form_obstacle(param: Tensor, tensor: Tensor) -> str | None:
+def form_obstacle(param: Tensor, tensor: Tensor, name: str) -> str | None:
     """Say why a tensor does not lie in memory as its parameter does, or None."""
     part, other = local(param), local(tensor)
     if type(other) not in PLAIN:
-        return f"is of the class {type(tensor).__name__}, for which there is no kernel"
+        return f"there is no kernel for the class {type(tensor).__name__} of {name}"
     if tensor.dtype not in TYPES:
-        return f"is of {tensor.dtype}, for which there is no kernel"
+        return f"there is no kernel for {tensor.dtype}, the type of {name}"
     if tensor.is_neg() or (other.numel() and not other.data_ptr()):
-        return "has numbers that do not lie in memory as they are"
+        return f"the numbers of {name} do not lie in memory as they are"
     if tensor.device != param.device:
-        return f"is on another device than its parameter: {tensor.device}"
+        return f"{name} is on another device than its parameter: {tensor.device}"
     if tensor.shape != param.shape:
-        return f"has another shape than its parameter: {tuple(tensor.shape)}"
+        return f"{name} has another shape than its parameter: {tuple(tensor.shape)}"
     if not same_layout(part.shape, other.stride(), part.stride()):
-        return f"has other strides than its parameter: {other.stride()}, not {part.stride()}"
+        return f"{name} has other strides than its parameter: {other.stride()}, not {part.stride()}"
     return None
 
 
@@ -67,10 +67,8 @@ def obstacle(param: Tensor, tensors: dict[str, Tensor], rows: bool) -> str | Non
     if not dense_in(local(param), rows):
         which = "the rows of the parameter, which a transform sums, are" if rows else "it is"
         return f"{which} not contiguous: strides {local(param).stride()}"
-    for name, tensor in {"it": param, **tensors}.items():
-        if reason := form_obstacle(param, tensor):
-            return f"{name} {reason}"
-    return None
+    every = {"the parameter": param, **tensors}.items()
+    return next(filter(None, (form_obstacle(param, t, name) for name, t in every)), None)
 
 
 def like_param(grad: Tensor, param: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def send_eager(method: Method, inventory: Inventory, i: int, reason: str) -> Non
     inventory.reasons[i] = reason
     group = method.param_groups[inventory.groups[i]]
     if group["fused"]:
-        refuse(group, f"{name_of(method, inventory, i)} has no kernel, because {reason}")
+        refuse(group, f"{name_of(method, inventory, i)}: {reason}")
 
 
 def recipes_of(method: Method, inventory: Inventory) -> list[Recipe | None]:
@@ -377,11 +377,12 @@ def kind_of(grad: Any) -> tuple[Any, ...]:
 
 def odd_ones(inventory: Inventory) -> dict[int, tuple[Any, ...]]:
     """Return the gradients that keep their parameters off a kernel, as they are now."""
-    return {
-        i: kind_of(grad)
-        for i in inventory.reasons
-        if (grad := inventory.grads[i]) is not None and form_obstacle(inventory.params[i], grad)
-    }
+    found = {}
+    for i in inventory.reasons:
+        param, grad = inventory.params[i], inventory.grads[i]
+        if grad is not None and form_obstacle(param, grad, "the gradient"):
+            found[i] = kind_of(grad)
+    return found
 
 
 def has_power(method: Method, group: Group, recipe: Recipe | None) -> bool:

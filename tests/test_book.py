@@ -22,7 +22,7 @@ REQUIRED = [
 TEXT = {".bib", ".cff", ".cfg", ".css", ".ipynb", ".md", ".py", ".svg", ".toml", ".txt", ".yml", ""}
 SKIPPED = {"_build", "__pycache__", "node_modules"}
 KNOWN_TAGS = {"export", "hide-cell", "hide-input", "hide-output", "remove-input", "remove-output"}
-KNOWN_TAGS |= {"nbval-ignore-output", "nbval-skip", "raises-exception", "remove-cell"}
+KNOWN_TAGS |= {"claim", "nbval-ignore-output", "nbval-skip", "raises-exception", "remove-cell"}
 
 each_chapter = pytest.mark.parametrize("name", chapters())
 

@@ -1,4 +1,4 @@
-"""Sphinx extension: the book serves all it needs itself, and says which cells it exports.
+"""Sphinx extension: the book serves all it needs itself, folds proofs, names exported cells.
 
 MathJax comes from the package sphinx-mathjax-offline, of which the pages need a small part. What
 sphinx-thebe adds, and could load from another host, is left out: no page has a button that starts
@@ -51,6 +51,17 @@ def name_module(app: Any, doctree: nodes.document) -> None:
             cell.insert(0, label)
 
 
+def fold_proofs(app: Any, doctree: nodes.document) -> None:
+    """Fold each proof under its statement."""
+    for proof in doctree.findall(nodes.admonition):
+        if "proof" in proof["classes"] and "dropdown" not in proof["classes"]:
+            first = next(proof.findall(nodes.Text), None)
+            if first is not None and first.startswith("Proof. "):
+                first.parent.replace(first, nodes.Text(first.removeprefix("Proof. ")))
+            proof["classes"].append("dropdown")
+            proof.insert(0, nodes.title("", "Proof"))
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.config.mathjax_path = "mathjax/tex-chtml.js"
@@ -58,5 +69,6 @@ def setup(app: Any) -> dict[str, bool]:
     app.config.html_context.setdefault("default_mode", "auto")  # else the theme logs an error
     leave_out_thebe(app)
     app.connect("doctree-read", name_module)
+    app.connect("doctree-read", fold_proofs)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

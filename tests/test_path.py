@@ -1,0 +1,111 @@
+"""The three depths of a method's chapter: a path of 15 minutes, the proofs, what goes further."""
+
+import re
+
+import jupytext
+import pytest
+from source import ROOT
+
+IN_THREE_DEPTHS = ("adagrad",)  # chapters that are written so
+WORDS_TO_THE_METHOD = 800
+WORDS_OF_THE_PATH = 2000
+LINES_OF_THE_PATH = 120  # of code that is not folded
+LINES_OF_THE_CHAPTER = 200
+FOLDED = {"hide-input", "hide-cell", "remove-cell", "remove-input"}
+STATEMENT = r"^`{3,}\{prf:(?:theorem|proposition|lemma|corollary)\}.*\n:label: (\S+)"
+
+in_three_depths = pytest.mark.parametrize("name", IN_THREE_DEPTHS)
+
+
+def cells_of(text):
+    return jupytext.reads(text, fmt="md:myst").cells
+
+
+def words(text):
+    """Count the words that are read, an inline formula as one; not code, displays and labels.
+
+    Example:
+        >>> words("A step $x - y$ of {ref}`ch-sgd`.\\n\\n$$\\na = b\\n$$ (a-label)\\n")
+        5
+    """
+    prose = "\n".join(c.source for c in cells_of(text) if c.cell_type == "markdown")
+    prose = re.sub(r"^\$\$.*?^\$\$.*?$", "", prose, flags=re.M | re.S)
+    prose = re.sub(r"^(?::\w+:.*|\(\S+\)=|`{3,}.*|\|.*)$", "", prose, flags=re.M)
+    prose = re.sub(r"\$[^$]+\$", "x", prose)
+    return len(re.findall(r"[\w'’-]+", re.sub(r"\{[\w:]+\}`[^`]*`", "x", prose)))
+
+
+def open_lines(text):
+    """Count the lines of code that stand open on the page."""
+    codes = [c for c in cells_of(text) if c.cell_type == "code"]
+    shown = [c for c in codes if not FOLDED & set(c.metadata.get("tags", []))]
+    return sum(len([x for x in c.source.splitlines() if x.strip()]) for c in shown)
+
+
+def upto(text, heading):
+    """Return a chapter up to a heading or a box."""
+    assert text.count(f"\n{heading}") == 1, f"{heading!r} stands {text.count(heading)} times"
+    return text[: text.index(f"\n{heading}")]
+
+
+def page(name):
+    return (ROOT / "book" / f"{name}.md").read_text()
+
+
+@in_three_depths
+def test_the_depths_come_in_their_order(name):
+    headings = re.findall(r"^## (.+)$", page(name), re.M)
+    assert headings == [
+        *("The problem", "The idea", "The method", "What it gives", "In use"),
+        *("When to use it, and what was seen here", "Summary", "Proofs", "Further"),
+    ]
+
+
+@in_three_depths
+def test_the_method_comes_soon(name):
+    assert words(upto(page(name), "```{prf:algorithm}")) <= WORDS_TO_THE_METHOD
+
+
+@in_three_depths
+def test_the_path_is_short(name):
+    path = upto(page(name), "## Proofs")
+    assert words(path) <= WORDS_OF_THE_PATH
+    assert open_lines(path) <= LINES_OF_THE_PATH
+    assert open_lines(page(name)) <= LINES_OF_THE_CHAPTER
+
+
+@in_three_depths
+def test_what_is_folded_says_what_it_shows(name):
+    for cell in cells_of(page(name))[2:]:
+        tags = set(cell.metadata.get("tags", []))
+        if cell.cell_type == "code" and FOLDED & tags and "import matplotlib" not in cell.source:
+            prompt = cell.metadata.get("mystnb", {}).get("code_prompt_show", "")
+            assert len(prompt) > 10 or "importlib" in cell.source, cell.source[:60]
+
+
+@in_three_depths
+def test_every_figure_has_a_number_and_says_what_to_see(name):
+    for cell in cells_of(page(name)):
+        if cell.cell_type == "code" and "plt.show()" in cell.source:
+            figure = cell.metadata.get("mystnb", {}).get("figure", {})
+            assert figure.get("name", "").startswith(f"fig-{name}-"), cell.source[:60]
+            assert len(figure.get("caption", "")) > 60
+
+
+@in_three_depths
+def test_every_statement_is_checked_by_a_cell_that_a_break_turns_red(name):
+    """`make mutants` breaks each of them."""
+    text = page(name)
+    places = [m.start() for m in re.finditer(STATEMENT, text, re.M)]
+    labels = re.findall(STATEMENT, text, re.M)
+    claims = [m.start() for m in re.finditer(r"^(?::tags:|tags:) \[claim", text, re.M)]
+    assert len(claims) >= len(places), f"{labels} have {len(claims)} claims"
+
+
+@in_three_depths
+def test_every_proof_has_an_idea_and_every_exercise_a_hint(name):
+    text = page(name)
+    proofs = text[text.index("\n## Proofs") : text.index("\n## Further")]
+    assert proofs.count("```{prf:proof}") <= len(re.findall(r"\bIdea: ", proofs))
+    exercises = re.findall(r"^`{3,}\{exercise\}", text, re.M)
+    assert text.count("{admonition} Hint\n:class: dropdown") == len(exercises) > 0
