@@ -150,7 +150,7 @@ def test_dark_theme_toggles_and_stays(tab):
     style = figure.evaluate(
         "e => [getComputedStyle(e).filter, getComputedStyle(e).backgroundColor]"
     )
-    assert style == ["invert(1) hue-rotate(180deg)", "rgba(0, 0, 0, 0)"], "a light box remains"
+    assert style == ["invert(1) hue-rotate(180deg) brightness(1.2)", "rgba(0, 0, 0, 0)"], "a light box remains"
 
 
 def test_solution_opens(tab):

@@ -48,7 +48,8 @@ def name_module(app: Any, doctree: nodes.document) -> None:
         if "tag_export" in cell["classes"]:
             label = nodes.paragraph("", "goes to ", classes=["goes-to"])
             label += nodes.literal("", module)
-            cell.insert(0, label)
+            folded = {"tag_hide-input", "tag_hide-cell"} & set(cell["classes"])
+            (cell.children[0] if folded else cell).insert(0, label)
 
 
 def fold_proofs(app: Any, doctree: nodes.document) -> None:
@@ -59,6 +60,7 @@ def fold_proofs(app: Any, doctree: nodes.document) -> None:
             if first is not None and first.startswith("Proof. "):
                 first.parent.replace(first, nodes.Text(first.removeprefix("Proof. ")))
             proof["classes"].append("dropdown")
+            proof["ids"] = []  # all are called "proof", and one would open for all
             proof.insert(0, nodes.title("", "Proof"))
 
 
