@@ -4,6 +4,7 @@ import re
 
 import jupytext
 import pytest
+import yaml
 from source import ROOT
 
 IN_THREE_DEPTHS = ("adagrad",)  # chapters that are written so
@@ -11,9 +12,18 @@ WORDS_TO_THE_METHOD = 800
 WORDS_OF_THE_PATH = 2000
 LINES_OF_THE_PATH = 120  # of code that is not folded
 LINES_OF_THE_CHAPTER = 200
+WORDS_OF_THE_ENGINE = 3200  # of a chapter before its exercises
+LINES_OF_THE_ENGINE = 720  # its modules stand open, so they count
 FOLDED = {"hide-input", "hide-cell", "remove-cell", "remove-input"}
 STATEMENT = r"^`{3,}\{prf:(?:theorem|proposition|lemma|corollary)\}.*\n:label: (\S+)"
 
+PARTS = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
+ENGINE = [
+    entry["file"].removeprefix("book/").removesuffix(".md")
+    for part in PARTS
+    if part["caption"].startswith("IV.")
+    for entry in part["chapters"]
+]
 in_three_depths = pytest.mark.parametrize("name", IN_THREE_DEPTHS)
 
 
@@ -22,16 +32,11 @@ def cells_of(text):
 
 
 def words(text):
-    """Count the words that are read, an inline formula as one; not code, displays and labels.
-
-    Example:
-        >>> words("A step $x - y$ of {ref}`ch-sgd`.\\n\\n$$\\na = b\\n$$ (a-label)\\n")
-        5
-    """
+    """Count the words that are read, an inline formula as one; not code, displays and labels."""
     prose = "\n".join(c.source for c in cells_of(text) if c.cell_type == "markdown")
     prose = re.sub(r"^\$\$.*?^\$\$.*?$", "", prose, flags=re.M | re.S)
     prose = re.sub(r"^(?::\w+:.*|\(\S+\)=|`{3,}.*|\|.*)$", "", prose, flags=re.M)
-    prose = re.sub(r"\$[^$]+\$", "x", prose)
+    prose = re.sub(r"(?<![\\$])\$(?=\S)[^$\n]*(?:\n[^$\n]+)*?\$", "x", prose)
     return len(re.findall(r"[\w'’-]+", re.sub(r"\{[\w:]+\}`[^`]*`", "x", prose)))
 
 
@@ -109,3 +114,16 @@ def test_every_proof_has_an_idea_and_every_exercise_a_hint(name):
     assert proofs.count("```{prf:proof}") <= len(re.findall(r"\bIdea: ", proofs))
     exercises = re.findall(r"^`{3,}\{exercise\}", text, re.M)
     assert text.count("{admonition} Hint\n:class: dropdown") == len(exercises) > 0
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_chapters_of_the_engine_have_limits_of_their_own(name):
+    before = upto(page(name), "## Exercises")
+    assert words(before) <= WORDS_OF_THE_ENGINE
+    assert open_lines(before) <= LINES_OF_THE_ENGINE
+
+
+def test_words_are_counted_as_they_are_read():
+    head = "---\nkernelspec: {name: python3, display_name: Python 3}\n---\n\n"
+    text = head + "A step $x - y$ of {ref}`ch-sgd`.\n\n"
+    assert words(text + "$$\na = b\n$$ (a-label)\n\n| a | b |\n") == 5
