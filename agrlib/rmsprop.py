@@ -1,5 +1,5 @@
 # Exported from book/rmsprop.md: edit the chapter, not this file.
-"""RMSProp (Hinton, Srivastava and Swersky, 2012), with the options of torch.optim.RMSprop.
+"""RMSProp (Tieleman and Hinton, 2012), with the options of torch.optim.RMSprop.
 
 Derived in the chapter "RMSProp".
 """
@@ -79,7 +79,7 @@ class RMSprop(GradientMethod):
         >>> weight.data
         tensor([0.5000, 1.5000])
 
-    Source: Hinton, Srivastava and Swersky (2012), lecture 6a; chapter "RMSProp".
+    Source: Tieleman and Hinton (2012), lecture 6e; chapter "RMSProp".
     """
 
     def __init__(
