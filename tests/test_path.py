@@ -7,7 +7,8 @@ import pytest
 import yaml
 from source import ROOT
 
-IN_THREE_DEPTHS = ("adagrad", "rmsprop", "adan", "regularization")  # chapters that are written so
+# the chapters that are written so
+IN_THREE_DEPTHS = ("adagrad", "rmsprop", "amsgrad", "adan", "regularization")
 WORDS_TO_THE_METHOD = 800
 WORDS_OF_THE_PATH = 2000
 LINES_OF_THE_PATH = 120  # of code that is not folded
