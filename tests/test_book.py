@@ -93,6 +93,13 @@ def test_outputs_are_clean(name):
 
 
 @each_chapter
+def test_bars_that_vanish_are_not_compared(name):
+    for cell in code_cells(name):
+        if any("text/html" in output.get("data", {}) for output in cell.outputs):
+            assert "nbval-ignore-output" in tags(cell), f"{first_line(cell)!r} shows a bar"
+
+
+@each_chapter
 def test_output_is_ignored_by_tag_only(name):
     for cell in code_cells(name):
         where = f"book/{name}.md, cell {first_line(cell)!r}"

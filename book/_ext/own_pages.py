@@ -52,10 +52,19 @@ def name_module(app: Any, doctree: nodes.document) -> None:
             (cell.children[0] if folded else cell).insert(0, label)
 
 
+def is_folded(node: Any) -> bool:
+    """Whether a node, or what it stands in, is folded already."""
+    while node is not None:
+        if isinstance(node, nodes.admonition) and "dropdown" in node["classes"]:
+            return True
+        node = node.parent
+    return False
+
+
 def fold_proofs(app: Any, doctree: nodes.document) -> None:
     """Fold each proof under its statement."""
-    for proof in doctree.findall(nodes.admonition):
-        if "proof" in proof["classes"] and "dropdown" not in proof["classes"]:
+    for proof in list(doctree.findall(nodes.admonition)):
+        if "proof" in proof["classes"] and not is_folded(proof):
             first = next(proof.findall(nodes.Text), None)
             if first is not None and first.startswith("Proof. "):
                 first.parent.replace(first, nodes.Text(first.removeprefix("Proof. ")))
