@@ -186,3 +186,15 @@ def test_narrow_page_does_not_overflow(tab, path):
     open_page(tab, f"/{path}.html")
     width = "() => Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
     assert tab.evaluate(width) <= 390
+
+
+def test_panels_stand_side_by_side_or_under_each_other(tab):
+    for width, stacked in ((1400, False), (390, True)):
+        tab.set_viewport_size({"width": width, "height": 844})
+        open_page(tab, "/book/sgd.html")
+        first, second = tab.locator("article .panels").first.locator("img").all()[:2]
+        first.scroll_into_view_if_needed()
+        one, two = first.bounding_box(), second.bounding_box()
+        assert (two["y"] >= one["y"] + one["height"]) is stacked
+        assert stacked or two["x"] == pytest.approx(one["x"] + one["width"], abs=0.5)
+        assert two["x"] + two["width"] <= width

@@ -1,5 +1,6 @@
 """The built pages in _build/html: complete, self-contained, and without traces of errors."""
 
+import importlib.util
 import json
 import re
 from copy import copy
@@ -7,8 +8,11 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
+import numpy as np
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from source import HTML, ROOT, chapters, code_cells, tags, toc, wrong_alts
 
 import agrlib
@@ -140,7 +144,9 @@ def test_every_image_has_alt_text_of_its_own():
     for path in built_pages():
         where = path.relative_to(HTML).as_posix()
         for image in soup(path).find_all("img"):
-            if image.find_parent("article"):
+            if "panel" in image.get("class", []) and image.find_previous_sibling("img"):
+                assert image.get("alt") == "", "the first panel's text describes the figure"
+            elif image.find_parent("article"):
                 alts.append((f"{where}: {image['src']}", image.get("alt")))
             elif "logo__image" in image.get("class", []):  # the same one, on every page
                 assert wrong_alts([(where, image.get("alt"))]) == []
@@ -219,3 +225,30 @@ def test_no_reference_is_unresolved(name):
     ids = {element["id"] for element in page(name).find_all(id=True)}  # code included
     dead = [a["href"] for a in html.select("a[href^='#']") if a["href"][1:] not in {"", *ids}]
     assert dead == []
+
+
+@pytest.fixture(scope="module")
+def own_pages():
+    spec = importlib.util.spec_from_file_location("own_pages", ROOT / "book/_ext/own_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "columns, shared, cuts", [(1, False, 0), (2, False, 1), (3, False, 2), (2, True, 0)]
+)
+def test_figures_are_cut_between_panels(own_pages, columns, shared, cuts):
+    canvas = FigureCanvasAgg(Figure(figsize=(3 * columns, 3), dpi=120, layout="constrained"))
+    for column, axes in enumerate(canvas.figure.subplots(1, columns, squeeze=False)[0]):
+        axes.plot([0, 1], [1e-3, 1e3])
+        axes.set(yscale="log", xlabel="steps", ylabel="loss", title=f"panel {column}")
+    if shared:
+        canvas.figure.suptitle("one title over both panels, which a cut would part")
+    canvas.draw()
+    picture = np.asarray(canvas.buffer_rgba())[..., :3].min(2)
+    found = own_pages.gutters(picture)
+    assert len(found) == cuts
+    assert all((picture[:, cut] > 250).all() for cut in found)
+    for number, cut in enumerate(found, 1):
+        assert abs(cut / picture.shape[1] - number / columns) < 0.05

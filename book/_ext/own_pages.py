@@ -1,18 +1,23 @@
-"""Sphinx extension: the book serves all it needs itself, folds proofs, names exported cells.
+"""Sphinx extension: the book serves all it needs itself, folds proofs, cuts figures into panels.
 
 MathJax comes from the package sphinx-mathjax-offline, of which the pages need a small part. What
 sphinx-thebe adds, and could load from another host, is left out: no page has a button that starts
-it. Above each exported cell stands the module that the cell goes to.
+it. Above each exported cell stands the module that the cell goes to. A figure with panels side by
+side is cut between them, so that they stand under each other where the screen is narrow.
 """
 
 import importlib.util
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from docutils import nodes
+from PIL import Image
 
 KEEP = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")
+GUTTER = 5  # pixels; narrower white is a gap between letters
 
 
 def copy_mathjax(app: Any, error: Exception | None) -> None:
@@ -73,6 +78,62 @@ def fold_proofs(app: Any, doctree: nodes.document) -> None:
             proof.insert(0, nodes.title("", "Proof"))
 
 
+def runs(marks: Any) -> list[tuple[int, int]]:
+    """Return where marks begin and end, one pair for each stretch of them."""
+    steps = np.diff(np.concatenate(([0], marks.astype(int), [0])))
+    return list(zip(np.flatnonzero(steps == 1), np.flatnonzero(steps == -1), strict=True))
+
+
+def gutters(picture: Any) -> list[int]:
+    """Return where a figure, as an array of height and width, is cut between its panels.
+
+    A panel begins at its vertical axis, a dark line of at least a third of the height. To the left
+    of it stand its numbers and its label, and before these is white, from top to bottom. What is
+    narrower than a fifth of the figure, such as a scale of colors, stays with its neighbor.
+    """
+    dark = (picture < 100).astype(int)
+    tall = np.zeros(picture.shape[1], int)
+    height = tall.copy()
+    for row in dark:
+        height = (height + 1) * row
+        tall = np.maximum(tall, height)
+    lines = [begin for begin, _ in runs(tall >= picture.shape[0] / 3)]
+    white = [run for run in runs((picture > 250).all(0)) if run[1] - run[0] >= GUTTER]
+    between = [
+        [(begin + end) // 2 for begin, end in white if left < begin and end < right]
+        for left, right in itertools.pairwise(lines)
+    ]
+    cuts, fifth = [0], picture.shape[1] / 5
+    for cut in [found[0] for found in between if found]:
+        if min(cut - cuts[-1], picture.shape[1] - cut) >= fifth:
+            cuts.append(int(cut))
+    return cuts[1:]
+
+
+def part_panels(app: Any, doctree: nodes.document) -> None:
+    """Cut each figure that a cell draws between its panels."""
+    for image in list(doctree.findall(nodes.image)):
+        path = Path(app.srcdir, image["uri"].lstrip("/"))
+        if "jupyter_execute" not in path.parts or path.suffix != ".png":
+            continue
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+        ends = [0, *gutters(np.asarray(picture.convert("L"))), picture.width]
+        if len(ends) == 2:
+            continue
+        panels = nodes.container(classes=["panels"])
+        for number, (left, right) in enumerate(itertools.pairwise(ends)):
+            name = f"{path.stem}-{number}.png"
+            picture.crop((left, 0, right, picture.height)).save(path.with_name(name))
+            part = image.deepcopy()
+            part["uri"] = image["uri"].replace(path.name, name)
+            part["classes"] = [*image["classes"], "panel"]
+            if number:
+                part["alt"] = ""  # the first one's text describes the whole figure
+            panels += part
+        image.parent.replace(image, panels)
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.config.mathjax_path = "mathjax/tex-chtml.js"
@@ -81,5 +142,6 @@ def setup(app: Any) -> dict[str, bool]:
     leave_out_thebe(app)
     app.connect("doctree-read", name_module)
     app.connect("doctree-read", fold_proofs)
+    app.connect("doctree-read", part_panels, priority=400)  # before Sphinx collects the images
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
