@@ -198,3 +198,22 @@ def test_panels_stand_side_by_side_or_under_each_other(tab):
         assert (two["y"] >= one["y"] + one["height"]) is stacked
         assert stacked or two["x"] == pytest.approx(one["x"] + one["width"], abs=0.5)
         assert two["x"] + two["width"] <= width
+
+
+@pytest.mark.parametrize("name", ["adagrad", "padam", "sgd"])
+def test_no_formula_sticks_out_of_a_narrow_page(tab, name):
+    tab.set_viewport_size({"width": 390, "height": 844})
+    open_page(tab, f"/book/{name}.html")
+    tab.evaluate(
+        """() => {
+            document.querySelectorAll("article details").forEach(part => part.open = true);
+            document.querySelectorAll("article .toggle-hidden").forEach(
+                part => part.classList.remove("toggle-hidden"));
+        }"""
+    )
+    wide = tab.evaluate(
+        """() => [...document.querySelectorAll("article mjx-container")]
+            .filter(formula => formula.getBoundingClientRect().right > 391)
+            .map(formula => formula.closest("p, li, div").textContent)"""
+    )
+    assert wide == []

@@ -252,3 +252,19 @@ def test_figures_are_cut_between_panels(own_pages, columns, shared, cuts):
     assert all((picture[:, cut] > 250).all() for cut in found)
     for number, cut in enumerate(found, 1):
         assert abs(cut / picture.shape[1] - number / columns) < 0.05
+
+
+@pytest.mark.parametrize(
+    "formula, cut",
+    [
+        (r"x_{t+1} = x_t - \eta g_t", [r"x_{t+1} = {}", r"x_t - \eta g_t"]),
+        (r"\{x : f(x) \le c\}", [r"\{x : f(x) \le c\}"]),
+        (r"\left( a = b \right) \le \sum_i x_i", [r"\left( a = b \right) \le {}", r"\sum_i x_i"]),
+        (r"x_{=}", [r"x_{=}"]),
+        (r"\lvert a = b \rvert", [r"\lvert a = b \rvert"]),
+        (r"\frac{1}{2 \eta} \lVert x \rVert + y", [r"\frac{1}{2 \eta} \lVert x \rVert + {}", "y"]),
+    ],
+)  # fmt: skip
+def test_formulas_are_cut_after_relations_only(own_pages, formula, cut):
+    assert own_pages.pieces(formula) == cut
+    assert re.sub(r"\s|\{\}", "", "".join(cut)) == re.sub(r"\s", "", formula)

@@ -1,13 +1,15 @@
-"""Sphinx extension: the book serves all it needs itself, folds proofs, cuts figures into panels.
+"""Sphinx extension: the book serves all it needs itself, folds proofs, and fits narrow screens.
 
 MathJax comes from the package sphinx-mathjax-offline, of which the pages need a small part. What
 sphinx-thebe adds, and could load from another host, is left out: no page has a button that starts
 it. Above each exported cell stands the module that the cell goes to. A figure with panels side by
-side is cut between them, so that they stand under each other where the screen is narrow.
+side is cut between them, so that they stand under each other where the screen is narrow, and a
+long formula in a line may break after a relation.
 """
 
 import importlib.util
 import itertools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,13 @@ from docutils import nodes
 from PIL import Image
 
 KEEP = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")
+TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|\s+|.", re.S)
+OPEN = re.compile(r"[{(\[]|\\(?:\{|left|begin|langle|l(?:vert|Vert|floor|ceil))")
+CLOSE = re.compile(r"[})\]]|\\(?:\}|right|end|rangle|r(?:vert|Vert|floor|ceil))")
+RELATION = re.compile(
+    r"[=<>:]|\\(?:le|ge|ll|gg|ne|in|to|approx|sim|propto|mapsto|leftarrow|preceq|succeq|equiv|iff|quad)"
+)
+SUM = re.compile(r"[+-]|\\(?:pm|cdot|odot)")
 GUTTER = 5  # pixels; narrower white is a gap between letters
 
 
@@ -76,6 +85,37 @@ def fold_proofs(app: Any, doctree: nodes.document) -> None:
             proof["classes"].append("dropdown")
             proof["ids"] = []  # all are called "proof", and one would open for all
             proof.insert(0, nodes.title("", "Proof"))
+
+
+def pieces(formula: str) -> list[str]:
+    r"""Cut a formula where a line may end: after a relation, in a long side after a sum's sign.
+
+    Example:
+        >>> pieces(r"\frac{a = b}{c} \le f(x = y) < d")
+        ['\\frac{a = b}{c} \\le {}', 'f(x = y) < {}', 'd']
+    """
+    depth, found = 0, [""]
+    rest = len(formula)
+    for match in TOKEN.finditer(formula):
+        token = match[0]
+        depth += bool(OPEN.fullmatch(token)) - bool(CLOSE.fullmatch(token))
+        found[-1] += token
+        rest -= len(token)
+        scripts = formula[match.end() :].lstrip()[:1] in ("_", "^", "'")
+        ends = RELATION.fullmatch(token) or (SUM.fullmatch(token) and len(found[-1]) > 25)
+        if depth == 0 and ends and rest > 1 and not scripts and len(found[-1].strip()) > 2:
+            found[-1] += " {}"
+            found.append("")
+    return [piece.strip() for piece in found]
+
+
+def break_formulas(app: Any, doctree: nodes.document) -> None:
+    """Let the lines of a text end within a formula, as TeX does."""
+    for formula in list(doctree.findall(nodes.math)):
+        text = formula.astext()
+        if len(text) > 20 and len(pieces(text)) > 1:
+            parts = [nodes.math(piece, piece, classes=formula["classes"]) for piece in pieces(text)]
+            formula.parent.replace(formula, parts)
 
 
 def runs(marks: Any) -> list[tuple[int, int]]:
@@ -142,6 +182,7 @@ def setup(app: Any) -> dict[str, bool]:
     leave_out_thebe(app)
     app.connect("doctree-read", name_module)
     app.connect("doctree-read", fold_proofs)
+    app.connect("doctree-read", break_formulas)
     app.connect("doctree-read", part_panels, priority=400)  # before Sphinx collects the images
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
