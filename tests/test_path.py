@@ -8,7 +8,16 @@ import yaml
 from source import ROOT, chapters
 
 # the chapters that are written so
-IN_THREE_DEPTHS = ("sgd", "adagrad", "rmsprop", "amsgrad", "adan", "clipping", "regularization")
+IN_THREE_DEPTHS = (
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "amsgrad",
+    "adan",
+    "clipping",
+    "normalization",
+    "regularization",
+)
 WORDS_TO_THE_METHOD = 800
 WORDS_OF_THE_PATH = 2000
 LINES_OF_THE_PATH = 120  # of code that is not folded
