@@ -9,14 +9,8 @@ from source import ROOT, chapters
 
 # the chapters that are written so
 IN_THREE_DEPTHS = (
-    "sgd",
-    "adagrad",
-    "rmsprop",
-    "amsgrad",
-    "adan",
-    "clipping",
-    "normalization",
-    "regularization",
+    *("sgd", "adagrad", "rmsprop", "adam", "amsgrad", "adan"),
+    *("clipping", "normalization", "regularization"),
 )
 WORDS_TO_THE_METHOD = 800
 WORDS_OF_THE_PATH = 2000
