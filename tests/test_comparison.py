@@ -21,6 +21,7 @@ def two_cells(monkeypatch):
     monkeypatch.setattr(comparison, "RULES", {"SGD": comparison.RULES["SGD"]})
     chains = {name: comparison.TRANSFORMS[name] for name in ("none", "agr")}
     monkeypatch.setattr(comparison, "TRANSFORMS", chains)
+    monkeypatch.setattr(comparison, "OUTSIDE", {})
 
 
 def test_a_stopped_start_goes_on_and_changes_nothing_that_is_there(two_cells, tmp_path):
@@ -57,4 +58,5 @@ def test_the_committed_results_are_those_of_the_script():
     assert results["protocol"] == comparison.PROTOCOL
     assert set(results["provenance"]) == set(comparison.provenance())
     found = {(cell["rule"], cell["transform"]) for cell in results["cells"]}
-    assert found == {(rule, name) for rule in comparison.RULES for name in comparison.TRANSFORMS}
+    table = {(rule, name) for rule in comparison.RULES for name in comparison.TRANSFORMS}
+    assert found == table | set(comparison.OUTSIDE) and len(results["cells"]) == len(found)

@@ -10,7 +10,7 @@ from source import ROOT, chapters
 # the chapters that are written so
 IN_THREE_DEPTHS = (
     *("sgd", "adagrad", "rmsprop", "adam", "amsgrad", "adan"),
-    *("clipping", "normalization", "regularization"),
+    *("clipping", "normalization", "centralization", "regularization"),
 )
 WORDS_TO_THE_METHOD = 800
 WORDS_OF_THE_PATH = 2000
