@@ -14,6 +14,7 @@ from agrlib.optimizer import GradientMethod
 from agrlib.padam import Padam
 from agrlib.regularization import agr
 from agrlib.rmsprop import RMSprop
+from agrlib.schedules import refine_schedule
 from agrlib.sgd import SGD
 from agrlib.transforms import Transform, transform
 
@@ -36,6 +37,7 @@ __all__ = [
     "clip_norm",
     "clip_value",
     "normalize",
+    "refine_schedule",
     "transform",
 ]
 __version__ = version("agrlib")
