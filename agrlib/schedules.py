@@ -56,7 +56,8 @@ def check_numbers(power: float, smoothing: float) -> None:
 
 def checked_norms(grad_norms: Sequence[float] | Tensor) -> list[float]:
     """Return the norms of a run as a list of numbers, or raise."""
-    norms = torch.as_tensor(grad_norms).detach()
+    typed = hasattr(grad_norms, "dtype")  # else plain numbers, not to be rounded to float32
+    norms = torch.as_tensor(grad_norms, dtype=None if typed else torch.float64).detach()
     if norms.is_complex():
         raise TypeError(f"grad_norms must be real numbers, not {norms.dtype}")
     require(norms.dim() == 1, "grad_norms, give one axis; shape", tuple(norms.shape))

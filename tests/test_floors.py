@@ -320,7 +320,7 @@ def test_a_long_class_is_red(tmp_path, more):
 
 
 def test_the_page_for_contributors_shows_these_floors():
-    """Chapters named by the first and the last, as `sgd` ... `schedules`, stand for those between."""
+    """Chapters named by the first and last, as `sgd` ... `schedules`, stand for those between."""
     page = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| (\d| ) +\| ((?:`\w+`[, .]*)+) \|", page, re.M)
     shown: list[set[str]] = []
