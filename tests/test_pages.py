@@ -139,6 +139,13 @@ def test_what_pages_load_is_there():
                 assert target.exists(), f"{path.relative_to(HTML)} loads {address}: no such file"
 
 
+def test_tables_are_tables():
+    for path in built_pages():
+        lines = [line.get_text() for line in soup(path).select("article p")]
+        raw = [text for text in lines if re.search(r"\|\s*:?[-–]+:?\s*\|", text)]
+        assert raw == [], f"{path.relative_to(HTML)} shows the source of a table: {raw[0]}"
+
+
 def test_every_image_has_alt_text_of_its_own():
     alts = []
     for path in built_pages():
