@@ -127,7 +127,7 @@ def runs(marks: Any) -> list[tuple[int, int]]:
 def gutters(picture: Any) -> list[int]:
     """Return where a figure, as an array of height and width, is cut between its panels.
 
-    A panel begins at its vertical axis, a dark line of at least a third of the height. To the left
+    A panel begins at its vertical axis, a dark line of at least a tenth of the height. To the left
     of it stand its numbers and its label, and before these is white, from top to bottom. What is
     narrower than a fifth of the figure, such as a scale of colors, stays with its neighbor.
     """
@@ -137,7 +137,7 @@ def gutters(picture: Any) -> list[int]:
     for row in dark:
         height = (height + 1) * row
         tall = np.maximum(tall, height)
-    lines = [begin for begin, _ in runs(tall >= picture.shape[0] / 3)]
+    lines = [begin for begin, _ in runs(tall >= picture.shape[0] / 10)]
     white = [run for run in runs((picture > 250).all(0)) if run[1] - run[0] >= GUTTER]
     between = [
         [(begin + end) // 2 for begin, end in white if left < begin and end < right]
