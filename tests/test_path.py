@@ -9,7 +9,7 @@ from source import ROOT, chapters
 
 # the chapters that are written so
 IN_THREE_DEPTHS = (
-    *("sgd", "adagrad", "rmsprop", "adam", "amsgrad", "adan", "schedules"),
+    *("sgd", "adagrad", "rmsprop", "adam", "amsgrad", "padam", "adan", "schedules"),
     *("clipping", "normalization", "centralization", "regularization"),
 )
 WORDS_TO_THE_METHOD = 800
