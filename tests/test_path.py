@@ -127,6 +127,31 @@ def test_the_chapters_of_the_engine_have_limits_of_their_own(name):
     assert open_lines(before) <= LINES_OF_THE_ENGINE
 
 
+LENT = ("c", "p", "M", "P", "S", r"\gamma")  # what they mean, a chapter decides
+
+
+def formulas(text):
+    """Return the mathematics of a text, without its code and the words in it."""
+    text = re.sub(r"^`{3,}\{code-cell\}.*?^`{3,}$", "", text, flags=re.M | re.S)
+    found = re.findall(r"\$\$.*?\$\$|(?<![\\$])\$[^$]+\$", text, flags=re.S)
+    return [re.sub(r"\\(?:text|operatorname|mathrm|begin|end)\{[^}]*\}", "", one) for one in found]
+
+
+def test_letters_mean_what_the_notation_says():
+    rows = re.findall(r"^\| \$(\S+)\$ \| \{ref\}`ch-(\w+)` \|", page("notation"), re.M)
+    assert len(rows) == len(set(rows)) > 20
+    methods = [*IN_THREE_DEPTHS, "transforms"]
+    used = {
+        (letter, name)
+        for name in methods
+        for letter in LENT
+        for one in formulas(page(name))
+        if re.search(rf"(?<![A-Za-z\\]){re.escape(letter)}(?![A-Za-z])", one)
+    }
+    assert used - set(rows) == set(), "a letter that the notation does not explain"
+    assert set(rows) - used == set(), "a letter that its chapter does not use"
+
+
 def test_words_are_counted_as_they_are_read():
     head = "---\nkernelspec: {name: python3, display_name: Python 3}\n---\n\n"
     text = head + "A step $x - y$ of {ref}`ch-sgd`.\n\n"
