@@ -125,11 +125,17 @@ class CheckedOptimizer(RecordedOptimizer):
         keep_step_outside_graphs(type(self))
 
     def update_rule(self, group: Group) -> tuple[Callable[..., Any], tuple[str, ...]]:
-        """Return the rule and the names of the state tensors that it reads and writes."""
+        """Return the rule and the names of the state tensors that it reads and writes.
+
+        Parameters are written one after the other: a rule that raises leaves those before updated.
+        """
         raise NotImplementedError
 
     def scalars(self, group: Group, lr: Any, step: Any) -> tuple[Any, ...]:
-        """Return the rule's scalars for the given step, counted from 1, in double precision."""
+        """Return the rule's scalars for the given step, counted from 1, in double precision.
+
+        Where steps are not counted, it is 1 while a state tensor is still to be made, else 2.
+        """
         raise NotImplementedError
 
     def initial_value(self, group: Group, key: str) -> float:
@@ -236,7 +242,7 @@ class GradientMethod(CheckedOptimizer):
         super().__init__(params, {**defaults, **shared})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; an error leaves all as it was.
+        """Update all parameters with gradients; a refusal or an error in a transform changes none.
 
         Args:
             closure: evaluates the model again, calls backward and returns the loss.
