@@ -19,7 +19,11 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs and labels of a classification problem, cut into three parts once and for all."""
+    """Inputs and labels of a classification problem, cut into three parts once and for all.
+
+    Runs that choose are measured on `valid`. Final runs take `dataclasses.replace(data,
+    valid=data.test)`, which measures them on what no choice has seen.
+    """
 
     train: tuple[Tensor, Tensor]
     valid: tuple[Tensor, Tensor]
@@ -241,7 +245,7 @@ def run_seeds(
     Args:
         make_model: builds the model; called after seeding.
         make_optimizer: builds the optimizer from the model's parameters.
-        data: the problem.
+        data: the problem; for final runs with the test part in the place of `valid`, see `Data`.
         seeds: one run each; two methods run with the same seeds can be compared in pairs.
         epochs: passes over the training part.
         batch_size: images per step.
