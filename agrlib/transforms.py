@@ -29,6 +29,16 @@ def sum_of(transform: "Transform", value: Tensor) -> Tensor:
     return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
 
+def keep_real(transform: "Transform", made: Tensor, grad: Tensor) -> Tensor:
+    """Return what was made of a gradient, where storing it loses no imaginary part."""
+    if made.is_complex() and not grad.is_complex():
+        raise TypeError(
+            f"{transform} makes complex numbers of a real gradient: let its sum be real, and put "
+            "two transforms into the chain where it takes two sums"
+        )
+    return made
+
+
 def totals_of(transform: "Transform", values: Sequence[Tensor]) -> list[Tensor]:
     """Return the finished totals that belong to the tensors, in their order."""
     sums = [sum_of(transform, value) for value in values]
@@ -40,7 +50,9 @@ def totals_of(transform: "Transform", values: Sequence[Tensor]) -> list[Tensor]:
         whole = torch.stack([gathered(part).to(sums[0].device) for part in sums]).sum()
         sums = [whole.to(part.device) for part in sums]
     sums = [
-        total.to(value.dtype if total.is_complex() else value.real.dtype)
+        keep_real(transform, total, value).to(
+            value.dtype if total.is_complex() else value.real.dtype
+        )
         for total, value in zip(sums, values, strict=True)
     ]
     if transform.finish is None:
@@ -82,7 +94,8 @@ def map_grads(transform: "Transform", grads: Sequence[Tensor]) -> list[Tensor]:
     for i, (value, grad) in enumerate(zip(values, grads, strict=True)):
         if transform.covers(grad):
             given = transform.constants if transform.over is None else (next(extra),)
-            results[i] = apply_to(transform, value, *given).to(grad.dtype)
+            result = apply_to(transform, value, *given)
+            results[i] = keep_real(transform, result, value).to(grad.dtype)
     return results
 
 
@@ -136,7 +149,7 @@ class Transform:
         apply: ``(grad, total) -> grad``, elementwise; without a sum ``(grad, *constants) -> grad``.
         over: what one total covers: ``"row"`` (all axes but the first), ``"tensor"``, ``"all"``
             (every tensor of the optimizer whose chain holds the transform), or None.
-        summand: ``(grad) -> value``, elementwise.
+        summand: ``(grad) -> value``, elementwise, real for a real gradient.
         finish: ``(total, count, *constants) -> total``; left out, the plain total is used.
         constants: numbers that the functions take as arguments.
         smallest: a tensor with fewer elements is returned as it is.

@@ -351,6 +351,27 @@ def test_a_complex_result_for_a_real_gradient_is_refused():
     assert param.tolist() == [1.0, 1.0]
 
 
+COMPLEX = {  # two real sums in one complex one; a real sum that makes a complex number
+    "sum": dict(apply=lambda g, total: g - total.real, summand=lambda g: torch.complex(g, g * g)),
+    "result": dict(apply=lambda g, total: torch.complex(g, g) / total, summand=magnitude),
+}
+
+
+@pytest.mark.parametrize("over", ["tensor", "all"])
+@pytest.mark.parametrize("kind", COMPLEX)
+def test_a_declaration_that_makes_complex_numbers_of_a_real_gradient_is_refused(kind, over):
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(2)
+    made = Transform(**COMPLEX[kind], over=over, name="made")
+    optimizer = agrlib.SGD([dict(params=[p], transforms=[made]) for p in params])
+    with pytest.raises(TypeError, match="made makes complex numbers of a real gradient: let its"):
+        optimizer.step()
+    assert all(param.tolist() == [1.0, 1.0] for param in params)
+    phase = Transform(lambda g, total: g / total, over=over, summand=lambda g: g, name="phase")
+    assert phase(torch.tensor([1j, 3j])).tolist() == [0.25, 0.75]
+
+
 CLIPS = [agrlib.clip_value, agrlib.clip_norm, agrlib.clip_global_norm]
 
 
