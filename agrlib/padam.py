@@ -39,7 +39,7 @@ def padam(
 
 
 class Padam(GradientMethod):
-    """AMSGrad with a partial power p: from SGD with averaged momentum (p = 0) to AMSGrad (p = 1/2).
+    """AMSGrad with a power p: without bias correction SGD (p = 0) to AMSGrad (p = 1/2).
 
     With the transformed gradient g, b1, b2 = betas and p = partial::
 
@@ -57,7 +57,9 @@ class Padam(GradientMethod):
         weight_decay: adds weight_decay * x to the gradient.
         partial: the power p of the second moment, in [0, 1/2].
         bias_correction: True multiplies lr by sqrt(1 - b2^t) / (1 - b1^t), whatever the power, as
-            the authors' code does; False leaves lr as it is.
+            the authors' code does; this factor grows from step 13 on (default betas), and is a
+            warm-up for p < 1/2. False leaves lr as it is: p = 0 is then SGD with averaged
+            momentum, and at a constant lr no coordinate's rate ever grows.
 
     Raises:
         ValueError: a hyperparameter is negative, NaN or out of range.
