@@ -14,7 +14,7 @@ from torch import Tensor
 from agrlib.checks import described, require
 
 
-def refined_factors(norms, power):
+def refined_factors(norms: Tensor, power: float) -> Tensor:
     weights = (norms.min() / norms) ** power  # (schedules-weights)
     rest = weights.flip(0).cumsum(0).flip(0)  # (schedules-rest)
     steps = weights[:-1] * rest[1:]
